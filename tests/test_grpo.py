@@ -1,0 +1,272 @@
+"""The mathematics against reference values: the released Tool-N1 code (tn), verl (vm) and TRL (trl)."""
+
+import json
+from functools import cache
+
+import pytest
+import torch
+from conftest import reference
+from safetensors.torch import load_file
+
+from tooln1 import grpo
+from tooln1.grpo import aggregate, clipped_policy_loss, clipped_tokens, group_advantages, k3_kl, token_logprobs
+
+
+@cache
+def load(name):
+    """Reference cases of a file: {case: {key: tensor or number}}."""
+    tensors = load_file(reference(f"grpo/{name}.safetensors"))
+    cases = json.loads(reference(f"grpo/{name}.json").read_text())
+    for key, tensor in tensors.items():
+        case, _, rest = key.partition("/")
+        cases[case][rest] = tensor
+    return cases
+
+
+def names(name):
+    return sorted(load(name))
+
+
+def close(ours, theirs, rtol, atol=1e-12):
+    torch.testing.assert_close(torch.as_tensor(ours).double(), torch.as_tensor(theirs).double(), rtol=rtol, atol=atol)
+
+
+def graded(case, loss_of):
+    """Loss and its gradient by the log-probs, zero outside the mask."""
+    logprobs = case["in.logprobs"].clone().requires_grad_()
+    loss = loss_of(logprobs)
+    (grad,) = torch.autograd.grad(loss, logprobs)
+    assert (grad[case["in.mask"] == 0] == 0).all()
+    return loss.detach(), grad
+
+
+# ------------------------------------------------------------------------------------------------- advantages
+
+
+def test_advantages_by_hand():
+    advantages = group_advantages(torch.tensor([1.0, 0.0, 5.0, 5.0]), torch.tensor([7, 7, 8, 8]))
+    torch.testing.assert_close(advantages, torch.tensor([0.5, -0.5, 0, 0]) / (0.5**0.5 + 1e-6))
+
+
+def test_equal_rewards_give_exactly_zero_in_fp32():
+    for reward, size in [(1.2, 6), (0.3, 8), (0.1, 5)]:
+        assert (group_advantages(torch.full((size,), reward), torch.zeros(size, dtype=torch.int64)) == 0).all()
+
+
+def test_a_group_of_one_keeps_its_reward():
+    advantages = group_advantages(torch.tensor([2.0], dtype=torch.float64), torch.tensor([3]))
+    torch.testing.assert_close(advantages, torch.tensor([2.0 / (1 + 1e-6)], dtype=torch.float64))
+
+
+def test_order_of_replies_does_not_matter():
+    rewards, groups = torch.rand(12, dtype=torch.float64), torch.arange(12) % 4
+    order = torch.randperm(12)
+    torch.testing.assert_close(
+        group_advantages(rewards[order], groups[order]), group_advantages(rewards, groups)[order]
+    )
+
+
+def test_zero_variance_share():
+    rewards, groups = torch.tensor([1.0, 0, 1, 1, 0, 0, 0]), torch.tensor([0, 0, 1, 1, 2, 2, 2])
+    assert grpo.zero_variance_groups(rewards, groups).item() == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("name", names("dev"))
+def test_advantages_equal_the_references(name):
+    case = load("dev")[name]
+    rewards, groups = case["in.token_level_rewards"].sum(-1), case["in.group_index"]
+    mask = case["in.mask"].bool()
+
+    def spread(advantages):
+        return torch.where(mask, advantages[:, None], torch.zeros((), dtype=torch.float64))
+
+    ours = spread(group_advantages(rewards, groups))
+    close(ours, torch.where(mask, case["tn.advantages"], 0.0), 1e-7, 1e-9)
+    close(ours, torch.where(mask, case["vm.advantages"], 0.0), 1e-7, 1e-9)
+    unscaled = spread(group_advantages(rewards, groups, scale_by_std=False))
+    close(unscaled, torch.where(mask, case["vm.advantages_nostd"], 0.0), 1e-7, 1e-9)
+    if "trl.advantages.group" in case:
+        rewards = case["in.rewards"]  # differs from the sum over tokens where a reply is empty
+        close(group_advantages(rewards, groups, eps=1e-4), case["trl.advantages.group"], 1e-6, 1e-9)
+        close(group_advantages(rewards, groups, scale_by_std=False), case["trl.advantages.none"], 1e-6, 1e-9)
+
+
+# ------------------------------------------------------------------------------------------------- loss and KL
+
+
+@pytest.mark.parametrize("name", names("dev"))
+def test_loss_and_kl_of_the_released_code(name):
+    case = load("dev")[name]
+    mask, old, ref = case["in.mask"], case["in.old_logprobs"], case["in.ref_logprobs"]
+    advantages = case["tn.advantages"]
+
+    pg, grad_pg = graded(case, lambda x: aggregate(clipped_policy_loss(x, old, advantages), mask))
+    kl, grad_kl = graded(case, lambda x: aggregate(k3_kl(x, ref), mask))
+    close(pg, case["tn.pg_loss"], 1e-7)
+    close(kl, case["tn.kl_loss"], 1e-7)
+    close(grad_pg, case["tn.grad_pg"], 1e-7)
+    close(grad_kl, case["tn.grad_kl"], 1e-7)
+    policy, grad = graded(
+        case, lambda x: aggregate(clipped_policy_loss(x, old, advantages) + 1e-3 * k3_kl(x, ref), mask)
+    )
+    close(policy, case["tn.policy_loss"], 1e-7)
+    close(grad, case["tn.grad_policy"], 1e-7)
+    clipped = aggregate(clipped_tokens(case["in.logprobs"], old, advantages).double(), mask)
+    close(clipped, case["tn.pg_clipfrac"], 1e-6)
+    close(aggregate(old - case["in.logprobs"], mask), case["tn.ppo_kl"], 1e-7)
+    close(aggregate(case["in.entropy"], mask), case["tn.entropy_loss"], 1e-7)
+    inside = mask.bool()
+    close(k3_kl(case["in.logprobs"], ref)[inside], case["tn.kld_low_var"][inside], 1e-7)
+
+
+@pytest.mark.parametrize("name", names("dev"))
+def test_micro_batches_of_the_released_code(name):
+    """Sum over micro-batches of (token mean · sequences / all sequences): the packing shows in the result."""
+    case = load("dev")[name]
+    if "tn.dyn_loss" not in case:
+        pytest.skip("the released code cannot pack an empty reply")
+    parts = [torch.tensor(part) for part in case["tn.dyn_partitions"]]
+
+    def loss_of(x):
+        values = clipped_policy_loss(x, case["in.old_logprobs"], case["tn.advantages"])
+        values = values + 1e-3 * k3_kl(x, case["in.ref_logprobs"])
+        total = len(case["in.mask"])
+        return sum(aggregate(values[p], case["in.mask"][p], "microbatch_token_mean", total) for p in parts)
+
+    loss, grad = graded(case, loss_of)
+    close(loss, case["tn.dyn_loss"], 1e-7)
+    close(grad, case["tn.dyn_grad"], 1e-7)
+
+
+@pytest.mark.parametrize("name", names("dev"))
+@pytest.mark.parametrize("clip", ["eps0.2", "eps0.2_0.28"])
+def test_loss_of_verl(name, clip):
+    case = load("dev")[name]
+    high = 0.28 if clip.endswith("0.28") else 0.2
+    mask, old, advantages = case["in.mask"], case["in.old_logprobs"], case["vm.advantages"]
+    nonempty = (mask.sum(-1) > 0).sum()
+    checked = 0
+    for theirs, how, total in [
+        ("token-mean", "token_mean", mask.sum()),
+        ("seq-mean-token-sum", "sequence_mean_token_sum", nonempty),
+        ("seq-mean-token-mean", "sequence_mean_token_mean", nonempty),
+        ("seq-mean-token-sum-norm", "dr_grpo", mask.shape[1]),
+    ]:
+        key = f"vm.grad_pg.{theirs}.{clip}"
+        if key not in case:
+            continue
+        loss, grad = graded(
+            case,
+            lambda x, how=how, total=total: aggregate(
+                clipped_policy_loss(x, old, advantages, 0.2, high, dual_clip=3.0, max_log_ratio=20.0),
+                mask, how, total,
+            ),
+        )  # fmt: skip
+        close(loss, case[f"vm.pg_loss.{theirs}.{clip}"], 1e-7, 1e-9)
+        close(grad, case[key], 1e-7, 1e-10)
+        checked += 1
+    assert checked
+    kl, grad_kl = graded(case, lambda x: aggregate(k3_kl(x, case["in.ref_logprobs"], max_log_ratio=20.0), mask))
+    close(kl, case["vm.kl_loss.token-mean"], 1e-7)
+    close(grad_kl, case["vm.grad_kl.token-mean"], 1e-7)
+
+
+@pytest.mark.parametrize("name", names("dev"))
+def test_loss_of_trl(name):
+    case = load("dev")[name]
+    if "trl.loss.grpo.eps0.2" not in case:
+        pytest.skip("no TRL values for this case")
+    mask, old = case["in.mask"], case["in.old_logprobs"]
+    advantages = case["trl.advantages_used"][:, None]
+    count, cap = len(mask), case["trl.max_completion_length"]
+    checked = 0
+    for variant, high, beta in [("eps0.2", 0.2, 0.0), ("eps0.2_0.28_beta1e-3_plainkl", 0.28, 1e-3)]:
+        for theirs, how, total in [
+            ("grpo", "sequence_mean_token_mean", count),
+            ("bnpo", "token_mean", mask.sum().clamp(min=1)),
+            ("dr_grpo", "dr_grpo", count * cap),
+            ("dapo", "token_mean", case["trl.num_items_in_batch"]),
+        ]:
+            key = f"trl.grad.{theirs}.{variant}"
+            if key not in case:
+                continue
+
+            def loss_of(x, how=how, total=total, high=high, beta=beta):
+                values = clipped_policy_loss(x, old, advantages, 0.2, high)
+                return aggregate(values + beta * k3_kl(x, case["in.ref_logprobs"], max_kl=None), mask, how, total)
+
+            loss, grad = graded(case, loss_of)
+            close(loss, case[f"trl.loss.{theirs}.{variant}"], 1e-6, 1e-9)
+            close(grad, case[key], 1e-6, 1e-10)
+            checked += 1
+    assert checked
+
+
+def test_aggregations_by_hand():
+    values = torch.tensor([[1.0, 2.0, torch.nan], [6.0, torch.inf, torch.nan]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert aggregate(values, mask).item() == 3.0
+    assert aggregate(values, mask, "token_mean", 10).item() == pytest.approx(0.9)
+    assert aggregate(values, mask, "sequence_mean_token_mean").item() == (1.5 + 6) / 2
+    assert aggregate(values, mask, "sequence_mean_token_sum").item() == (3 + 6) / 2
+    assert aggregate(values, mask, "dr_grpo").item() == 9 / 6
+    assert aggregate(values, mask, "microbatch_token_mean", 8).item() == 3.0 * 2 / 8
+    with pytest.raises(ValueError, match="unknown aggregation 'mean'"):
+        aggregate(values, mask, "mean")
+
+
+def test_totals_of_a_minibatch_make_micro_batches_add_up():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    lengths = [5, 1, 3, 2, 5, 4]
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    for how in ("token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "dr_grpo"):
+        total = grpo.loss_total(how, lengths, 5)
+        parts = sum(aggregate(values[p], mask[p], how, total) for p in ([0, 3], [1, 2, 5], [4]))
+        close(parts, aggregate(values, mask, how), 1e-12)
+
+
+# ------------------------------------------------------------------------------------------------- log-probs
+
+
+@pytest.mark.parametrize("name", names("logits_dev"))
+@pytest.mark.parametrize("temperature", ["0.7", "1.0", "1.3"])
+def test_logprobs_and_entropy_equal_the_references(name, temperature):
+    """The reference logits are fed through a head that is the identity, so hidden states are logits."""
+    case = load("logits_dev")[name]
+    logits = case["logits"].double().flatten(0, 1).requires_grad_()
+    head = torch.eye(logits.shape[1], dtype=torch.float64)
+    labels, weights = case["labels"].flatten(), case["weights"].flatten()
+    logprobs, entropy = token_logprobs(logits, head, labels, float(temperature), chunk=3)
+    close(logprobs.detach(), case[f"T{temperature}.logprobs"].flatten(), 1e-9)
+    close(entropy.detach(), case[f"T{temperature}.entropy"].flatten(), 1e-9)
+    (by_logprobs,) = torch.autograd.grad((weights * logprobs).sum(), logits, retain_graph=True)
+    (by_entropy,) = torch.autograd.grad((weights * entropy).sum(), logits)
+    close(by_logprobs, case[f"T{temperature}.grad_wsum_logprobs"].flatten(0, 1), 1e-7, 1e-13)
+    close(by_entropy, case[f"T{temperature}.grad_wsum_entropy"].flatten(0, 1), 1e-7, 1e-13)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_logprobs_are_differentiable_in_hidden_and_head(chunk):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(11, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 11, (7,), generator=generator)
+    assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, targets, 0.7, chunk), (hidden, head))
+    plain = torch.log_softmax(hidden @ head.T / 0.7, -1)[range(7), targets]
+    ours, none = token_logprobs(hidden, head, targets, 0.7, chunk, with_entropy=False)
+    close(ours.detach(), plain.detach(), 1e-12)
+    assert none is None
+
+
+def test_no_targets_give_no_logprobs_but_a_gradient_of_zero():
+    hidden = torch.zeros(0, 5, requires_grad=True)
+    head = torch.ones(11, 5, requires_grad=True)
+    logprobs, _ = token_logprobs(hidden, head, torch.zeros(0, dtype=torch.int64))
+    logprobs.sum().backward()
+    assert logprobs.shape == (0,) and (head.grad == 0).all()
+
+
+def test_temperature_must_be_positive():
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        token_logprobs(torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1, dtype=torch.int64), 0.0)

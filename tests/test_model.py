@@ -1,0 +1,178 @@
+"""The model against transformers' logits on tiny configurations, and its files."""
+
+import json
+
+import pytest
+import torch
+from conftest import reference
+from safetensors.torch import load_file, save_file
+
+from tooln1.attention import PackedAttention, Segment
+from tooln1.errors import UserError
+from tooln1.model import load_model, parse_config, random_model, save_model, sequence_logits
+from tooln1.weights import weight_files
+
+MODELS = sorted(path.name for path in reference("models/dev").iterdir())
+ATOL = 5e-5
+
+
+def expected(name):
+    return load_file(reference(f"models/dev/{name}/expected.safetensors"))
+
+
+def tiny_config(**changes):
+    raw = json.loads((reference("models/dev/qwen_mha_tied_fp32") / "config.json").read_text())
+    return {**raw, **changes}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_transformers(name):
+    model, want = load_model(reference(f"models/dev/{name}")), expected(name)
+    logits = sequence_logits(model, want["single.input_ids"].flatten().tolist())
+    torch.testing.assert_close(logits, want["single.logits"].squeeze(0), atol=ATOL, rtol=0)
+    long = sequence_logits(model, want["long.input_ids"].flatten().tolist())
+    torch.testing.assert_close(long[-32:], want["long.logits_last32"].squeeze(0), atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("side", ["right", "left"])
+@torch.no_grad()
+def test_packed_rows_equal_transformers_padded_ones(name, side):
+    """The ragged batch as one unpadded stream gives the logits of the padded batch."""
+    model, want = load_model(reference(f"models/dev/{name}")), expected(name)
+    mask = want[f"ragged_{side}.attention_mask"].bool()
+    rows = [ids[keep] for ids, keep in zip(want[f"ragged_{side}.input_ids"], mask, strict=True)]
+    starts = [sum(map(len, rows[:i])) for i in range(len(rows))]
+    segments = tuple(Segment(start, len(row), ()) for start, row in zip(starts, rows, strict=True))
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    hidden = model(torch.cat(rows), positions, PackedAttention(segments, "cpu"))
+    torch.testing.assert_close(hidden @ model.head.T, want[f"ragged_{side}.logits"][mask], atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["qwen1p5b_12x2_tied_bf16_sharded", "llama31_orig64_untied_fp32"])
+def test_saved_directory_loads_back_equal(name, tmp_path):
+    model = load_model(reference(f"models/dev/{name}"))
+    save_model(model, tmp_path / "out")
+    again = load_model(tmp_path / "out")
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[key]), key
+    assert (tmp_path / "out" / "generation_config.json").exists()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == "float32"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing half-written beside it
+    save_model(model, tmp_path / "out", torch.bfloat16)  # over the old one
+    assert load_model(tmp_path / "out", torch.bfloat16).head.dtype == torch.bfloat16
+
+
+def test_large_weights_are_sharded(tmp_path, monkeypatch):
+    monkeypatch.setattr("tooln1.weights.SHARD_BYTES", 100_000)
+    model = load_model(reference("models/dev/qwen_mha_tied_fp32"))
+    save_model(model, tmp_path / "out")
+    assert len(weight_files(tmp_path / "out")) > 2
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
+    again = load_model(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
+def test_both_config_styles_mean_the_same():
+    old = tiny_config()
+    new = {key: value for key, value in old.items() if key not in ("rope_theta", "torch_dtype")}
+    new |= {"rope_parameters": {"rope_type": "default", "rope_theta": old["rope_theta"]}, "dtype": "float32"}
+    assert parse_config(old).rope_theta == parse_config(new).rope_theta
+    llama = json.loads((reference("models/dev/llama31_orig64_untied_fp32") / "config.json").read_text())
+    scaling = {**llama.pop("rope_scaling"), "rope_theta": llama.pop("rope_theta")}
+    assert parse_config({**llama, "rope_parameters": scaling}).rope_scaling.factor == 8.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_theta": None}, "'rope_theta' is missing"),
+        ({"model_type": "mistral"}, "model_type 'mistral'"),
+        ({"use_sliding_window": True}, "sliding-window"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE type 'yarn'"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"model_type": "llama", "attention_bias": True}, "biases"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"vocab_size": None}, "'vocab_size' is missing"),
+        ({"hidden_size": "large"}, "wrong type"),
+        ({"num_key_value_heads": 3}, "multiple of num_key_value_heads"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        parse_config(tiny_config(**changes))
+
+
+def test_misfits_are_listed_together(tmp_path):
+    model = load_model(reference("models/dev/qwen_mha_tied_fp32"))
+    save_model(model, tmp_path / "m")
+    state = load_file(tmp_path / "m" / "model.safetensors")
+    del state["model.norm.weight"]
+    state["model.extra"] = torch.zeros(2)
+    state["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    save_file(state, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        load_model(tmp_path / "m")
+    for word in ("missing: model.norm.weight", "unexpected: model.extra", "up_proj.weight (file (3, 3)"):
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "weight_map", [{"a": "../evil.safetensors"}, {"a": "/etc/passwd"}, {"a": "gone.safetensors"}, {"a": 3}, []]
+)
+def test_a_hostile_shard_index_is_refused(tmp_path, weight_map):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match="index"):
+        weight_files(tmp_path)
+
+
+def test_missing_and_broken_files_are_sentences(tmp_path):
+    with pytest.raises(UserError, match="no such directory"):
+        load_model(tmp_path / "nothing here")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
+    with pytest.raises(UserError, match="only safetensors"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not a tensor")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        load_model(tmp_path)
+
+
+def test_random_model_is_seeded_and_counted():
+    config = parse_config(tiny_config())
+    first, second = random_model(config, 3), random_model(config, 3)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert config.num_parameters == sum(p.numel() for p in first.parameters())
+    assert 0.015 < first.head.std() < 0.025
+
+
+def test_half_precision_stays_near_full_and_double_is_never_cast_down():
+    path = reference("models/dev/qwen_mha_tied_fp32")
+    ids = list(range(40))
+    full = sequence_logits(load_model(path), ids)
+    half = sequence_logits(load_model(path, torch.bfloat16), ids)
+    assert (half - full).norm() / full.norm() < 2e-2
+    double = load_model(path, torch.float64)
+    positions = torch.arange(40)
+    hidden = double(torch.tensor(ids), positions, PackedAttention((Segment(0, 40, ()),), "cpu"))
+    assert hidden.dtype == torch.float64
+    assert (hidden @ double.head.T - full).abs().max() < ATOL
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-0.5B-Instruct", "Qwen2.5-1.5B-Instruct", "Qwen2.5-3B-Instruct",
+                                  "Qwen2.5-7B-Instruct", "Qwen2.5-14B-Instruct", "Llama-3.1-8B-Instruct"])  # fmt: skip
+def test_published_configs_give_the_published_parameters(name):
+    from conftest import shared
+
+    from tooln1.model import Transformer
+
+    folder = shared(f"reference/configs/{name}")
+    config = parse_config(json.loads((folder / "config.json").read_text()))
+    manifest = json.loads((folder / "param_manifest.json").read_text())
+    with torch.device("meta"):
+        ours = {key: list(value.shape) for key, value in Transformer(config).named_parameters()}
+    assert ours == manifest["shapes"]

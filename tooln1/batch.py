@@ -1,0 +1,151 @@
+"""Rollouts to packed batches: one flat stream without padding, a prompt stored once per group, balanced over ranks.
+
+Worked example. Two rollouts of one prompt `a b`, with replies `c d` and `e`, and one of prompt `f` with reply `g`:
+
+    tokens      a  b  c  d  e  f  g         one stream, T = 7
+    positions   0  1  2  3  2  0  1         each reply goes on where its prompt ended
+    segments    (0, 2, (2, 1)), (5, 1, (1,))
+    targets     c  d  e  g                  the reply tokens, N = 4, in stream order
+    predictors  1  2  1  5                  where the token before each stands; `b` predicts both c and e
+    lengths     2     1  1                  R = 3 replies
+
+What a reply may look at is decided by `attention.PackedAttention(segments)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tooln1.attention import Segment
+from tooln1.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A micro-batch of one rank. N counts reply tokens, R replies, T all tokens of the stream."""
+
+    tokens: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, restarting in every segment, continued after the prompt by each reply
+    segments: tuple[Segment, ...]  # the groups in the stream
+    predictors: Tensor  # [N] int64, index into the stream of the token before each reply token
+    targets: Tensor  # [N] int64, the reply tokens, stop token included
+    lengths: tuple[int, ...]  # [R] reply tokens of each reply; they sum to N
+    rows: tuple[int, ...]  # [R] index of each reply's rollout in the step
+    advantages: Tensor  # [R] float32
+    old_logprobs: Tensor | None = None  # [N] float32, under the policy as it sampled
+    ref_logprobs: Tensor | None = None  # [N] float32, under the frozen initial model
+
+
+def pack(
+    rollouts: Sequence[Rollout], rows: Sequence[int], advantages: Tensor, device: torch.device | str = "cpu"
+) -> PackedBatch:
+    """The rollouts `rows` (indices into `rollouts` and `advantages` [len(rollouts)]) as one stream.
+
+    Consecutive rows of one group share their prompt. No rows at all give a stream of one token without a reply: what
+    a rank runs to keep step with the others when it has nothing to do.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    predictors: list[int] = []
+    targets: list[int] = []
+    segments: list[Segment] = []
+    for members in _runs(rollouts, rows):
+        prompt = rollouts[members[0]].prompt
+        start, replies = len(tokens), [rollouts[row].reply for row in members]
+        tokens.extend(prompt)
+        positions.extend(range(len(prompt)))
+        for reply in replies:
+            before = len(tokens) - 1  # predicts the reply's second token, and so on
+            predictors.extend([start + len(prompt) - 1, *range(before + 1, before + len(reply))][: len(reply)])
+            targets.extend(reply)
+            tokens.extend(reply)
+            positions.extend(range(len(prompt), len(prompt) + len(reply)))
+        segments.append(Segment(start, len(prompt), tuple(map(len, replies))))
+    if not rows:
+        tokens, positions, segments = [0], [0], [Segment(0, 1, ())]
+
+    def int64(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    return PackedBatch(
+        tokens=int64(tokens),
+        positions=int64(positions),
+        segments=tuple(segments),
+        predictors=int64(predictors),
+        targets=int64(targets),
+        lengths=tuple(len(rollouts[row].reply) for row in rows),
+        rows=tuple(rows),
+        advantages=advantages[list(rows)].to(device, torch.float32),
+    )
+
+
+def _runs(rollouts: Sequence[Rollout], rows: Sequence[int]) -> list[list[int]]:
+    """Consecutive rows of the same group, together."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and rollouts[runs[-1][0]].group == rollouts[row].group:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return runs
+
+
+def as_rows(values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Per-token values [N] as one row per reply, [R, longest], with the mask [R, longest] of what is real."""
+    if not lengths:
+        return values.new_zeros(0, 1) + values.sum(), torch.zeros(0, 1, dtype=torch.bool, device=values.device)
+    padded = torch.nn.utils.rnn.pad_sequence(values.split(list(lengths)), batch_first=True)
+    sizes = torch.tensor(lengths, device=values.device)
+    return padded, torch.arange(padded.shape[1], device=values.device) < sizes[:, None]
+
+
+def plan(rollouts: Sequence[Rollout], rows: Sequence[int], budget: int, ranks: int) -> list[list[list[int]]]:
+    """Deal a mini-batch to `ranks` ranks in micro-batches of at most `budget` tokens: [rank][micro-batch] -> rows.
+
+    Every rank gets the same number of micro-batches (an empty one where there is too little work), the j-th ones of
+    all ranks of about equal cost, because they run in step. A group is split, its prompt repeated, only where it
+    alone is over the budget; one sequence over the budget gets a micro-batch to itself. The plan depends on nothing
+    but its arguments, so every rank computes the same.
+    """
+    pieces = [piece for run in _runs(rollouts, rows) for piece in _split(rollouts, run, budget)]
+    pieces.sort(key=lambda piece: -_tokens(rollouts, piece))  # longest first; ties keep their order
+    total = sum(_tokens(rollouts, piece) for piece in pieces)
+    per_rank = max(1, -(-total // (budget * ranks)))
+    while (bins := _fill(rollouts, pieces, budget, per_rank * ranks)) is None:
+        per_rank += 1
+    bins.sort(key=lambda rows: -_tokens(rollouts, rows))
+    return [[sorted(bins[step * ranks + rank]) for step in range(per_rank)] for rank in range(ranks)]
+
+
+def _tokens(rollouts: Sequence[Rollout], rows: Sequence[int]) -> int:
+    """Tokens of the stream that `rows` make, a prompt counted once per run of its group."""
+    return sum(
+        len(rollouts[run[0]].prompt) + sum(len(rollouts[row].reply) for row in run) for run in _runs(rollouts, rows)
+    )
+
+
+def _split(rollouts: Sequence[Rollout], run: list[int], budget: int) -> list[list[int]]:
+    pieces: list[list[int]] = []
+    for row in run:
+        if pieces and _tokens(rollouts, [*pieces[-1], row]) <= budget:
+            pieces[-1].append(row)
+        else:
+            pieces.append([row])
+    return pieces
+
+
+def _fill(rollouts: Sequence[Rollout], pieces: list[list[int]], budget: int, count: int) -> list[list[int]] | None:
+    """Each piece into the emptiest of `count` bins; None if one runs over although it could have been left alone."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for piece in pieces:
+        emptiest = loads.index(min(loads))
+        if bins[emptiest] and loads[emptiest] + _tokens(rollouts, piece) > budget:
+            return None
+        bins[emptiest].extend(piece)
+        loads[emptiest] += _tokens(rollouts, piece)
+    return bins

@@ -1,0 +1,158 @@
+"""Many processes as one: launch, FSDP2 sharding, sums over ranks, gathering, whole copies of sharded weights.
+
+The same code runs from one process to many, on CPU (gloo) and GPU (NCCL). One CPU process is not sharded: it has
+nothing to share and computes in fp32. Everything else is FSDP2 with fp32 master weights: bf16 compute and fp32
+gradient sums on GPU, fp32 throughout on CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from tooln1.errors import UserError
+from tooln1.model import Transformer
+from tooln1.rollout import Rollout, Sampler
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)  # a collective that waits longer means a lost rank
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """The one rank that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights are FSDP2 shards: always, but for a single CPU process."""
+        return self.size > 1 or self.device.type == "cuda"
+
+    def share(self, count: int) -> list[int]:
+        """Which of `count` things, dealt like cards, are this rank's."""
+        return list(range(self.rank, count, self.size))
+
+    def gather(self, things: list[T]) -> list[T]:
+        """Every rank's `things` on every rank, in rank order."""
+        if self.size == 1:
+            return list(things)
+        everyone: list[list[T]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(everyone, things)
+        return [thing for one in everyone for thing in one]
+
+    def reduce(self, values: Sequence[float], op: str) -> list[float]:
+        """Elementwise "sum", "min" or "max" of a list of numbers over ranks."""
+        if self.size == 1 or not len(values):
+            return list(values)
+        vector = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        dist.all_reduce(vector, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op])
+        return vector.tolist()
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def launch(device: str = "auto") -> Iterator[World]:
+    """Join the processes that torchrun started (or be alone without it) for the length of the block.
+
+    `device` is "auto" (a GPU where there is one), "cpu" or "cuda". Raises UserError where it is not to be had.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device = 'cuda', but torch finds no GPU; use --device cpu, or install a CUDA build of torch.")
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}; "
+                "lower torchrun's --nproc-per-node."
+            )
+        torch.cuda.set_device(local_rank)
+    where = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    try:
+        yield World(rank, size, where)
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: Transformer, world: World, dtype: torch.dtype | None = None) -> Transformer:
+    """Shard `model` over all ranks, block by block, in place; `dtype` is what it computes in (None: as stored).
+
+    Gradients are summed over ranks, never averaged: every loss is already divided by the count of the whole global
+    mini-batch (forced sums, because gloo knows no pre-multiplied ones).
+    """
+    if not world.sharded:
+        return model
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)  # embedding, final norm and head: kept whole between passes
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back the whole copy of embedding and head that a pass without gradients leaves behind."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def sync_gradients(model: nn.Module, on: bool) -> None:
+    """Sum gradients over ranks in the next backward pass, or keep them for a later one (micro-batches)."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard (a collective: every rank must ask), or the tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def copy_weights(policy: Transformer, target: Transformer) -> None:
+    """Overwrite the unsharded `target` with the policy's weights, cast to its dtype, one tensor at a time."""
+    for source, place in zip(policy.parameters(), target.parameters(), strict=True):
+        place.copy_(whole(source.detach()))
+
+
+def sample_everywhere(
+    sampler: Sampler, world: World, prompts: list[list[int]], keys: list[int], **how
+) -> list[Rollout]:
+    """`sampler.generate` with the prompts dealt over ranks; every rank gets all rollouts, in prompt order."""
+    mine = world.share(len(prompts))
+    rollouts = sampler.generate([prompts[i] for i in mine], keys=[keys[i] for i in mine], **how)
+    rollouts = world.gather([replace(rollout, group=mine[rollout.group]) for rollout in rollouts])
+    return sorted(rollouts, key=lambda rollout: (rollout.group, rollout.sample))

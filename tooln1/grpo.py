@@ -1,0 +1,239 @@
+"""The mathematics of GRPO, pure: advantages, token log-probabilities, clipped loss, KL, aggregation.
+
+Symbols follow the Tool-N1 paper (arXiv 2505.00024), Eq. 3 and 4. For each prompt the policy writes a group of G
+replies with rewards r_1 .. r_G:
+
+    A_i      = (r_i - mean r) / (std r + eps)                         group_advantages
+    rho_t    = pi(token_t) / pi_old(token_t)                          token_logprobs, then exp of the difference
+    L_t      = -min(rho_t A, clip(rho_t, 1 - eps_low, 1 + eps_high) A)   clipped_policy_loss
+    k3_t     = exp(d) - d - 1,  d = log pi_ref - log pi               k3_kl
+    loss     = sum over reply tokens of (L_t + beta k3_t) / total     aggregate
+
+Where paper and released code (NVlabs/Tool-N1, a verl fork) leave room or differ, this file does the following:
+  * std is unbiased (n - 1), eps 1e-6, as the code; a group of one gets its reward as its advantage, as the code.
+    A group whose rewards are all equal gets exactly 0 here; the code's fp32 mean can leave rounding noise that its
+    small eps blows up (reward 1.2, G = 6: |A| = 0.1).
+  * The KL is against the frozen initial model, as the code; the paper's Eq. 3 prints pi_old.
+  * The default denominator is the number of reply tokens in the whole global mini-batch, so that micro-batches,
+    packing and world size cannot change the gradient. The code averages tokens per micro-batch and weighs by
+    sequences, which depends on the packing; it is here as "microbatch_token_mean".
+  * The learning rate is constant from the first step on. The code's scheduler gives 0 in the first rollout step
+    (its four optimizer steps only fill the Adam moments); that is not reproduced.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# --------------------------------------------------------------------------------------------------- advantages
+
+
+def group_advantages(
+    rewards: Tensor, groups: Tensor, eps: float = 1e-6, scale_by_std: bool = True
+) -> Tensor:
+    """Advantage of each reply within its group (Eq. 4): (r - mean) / (std + eps), std unbiased.
+
+    rewards [N] float and groups [N] int (equal numbers share a prompt, in any order) -> [N], dtype of `rewards`.
+    `scale_by_std=False` leaves out the division (Dr.GRPO). A group of one keeps its reward: mean 0, std 1.
+
+    >>> group_advantages(torch.tensor([1.0, 0.0, 5.0, 5.0]), torch.tensor([7, 7, 8, 8]))
+    tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
+    """
+    if rewards.shape != groups.shape or rewards.dim() != 1:
+        raise ValueError(f"rewards {tuple(rewards.shape)} and groups {tuple(groups.shape)} must both be [N]")
+    wide = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    _, index = torch.unique(groups, return_inverse=True)
+    size = torch.bincount(index)[index].to(wide)  # [N] members of each reply's group
+    mean = _group_sum(wide, index) / size
+    centred = wide - mean
+    equal = _group_max(wide, index) == -_group_max(-wide, index)
+    centred = torch.where(equal, torch.zeros_like(centred), centred)
+    alone = size == 1
+    centred = torch.where(alone, wide, centred)
+    if not scale_by_std:
+        return centred.to(rewards.dtype)
+    std = (_group_sum(centred.square(), index) / (size - 1).clamp(min=1)).sqrt()
+    return (centred / (torch.where(alone, torch.ones_like(std), std) + eps)).to(rewards.dtype)
+
+
+def zero_variance_groups(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Share of groups whose rewards are all equal (they carry no policy gradient), a scalar in [0, 1]."""
+    _, index = torch.unique(groups, return_inverse=True)
+    equal = _group_max(rewards, index) == -_group_max(-rewards, index)
+    size = torch.bincount(index)[index]
+    return (equal / size).sum() / (index.max() + 1)
+
+
+def _group_sum(values: Tensor, index: Tensor) -> Tensor:
+    sums = torch.zeros(int(index.max()) + 1, dtype=values.dtype, device=values.device)
+    return sums.index_add_(0, index, values)[index]
+
+
+def _group_max(values: Tensor, index: Tensor) -> Tensor:
+    start = torch.full((int(index.max()) + 1,), -torch.inf, dtype=values.dtype, device=values.device)
+    return start.scatter_reduce_(0, index, values, "amax")[index]
+
+
+# --------------------------------------------------------------------------------------------------- log-probs
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """Log-probability and entropy of softmax(hidden @ headᵀ / temperature), a few rows of logits alive at a time.
+
+    With z the tempered logits, p = softmax(z), H the entropy:  d logp / d z = onehot - p,  d H / d z = -p (log p + H).
+    The backward pass recomputes p, chunk by chunk, and sums the head's gradient in at least fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, temperature, chunk, with_entropy):
+        logprobs = torch.empty(len(targets), dtype=_wide(hidden.dtype), device=hidden.device)
+        entropy = torch.empty_like(logprobs) if with_entropy else None
+        for start in range(0, len(targets), chunk):
+            rows = slice(start, start + chunk)
+            logp = _tempered_log_softmax(hidden[rows], head, temperature)  # [chunk, V]
+            logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
+            if with_entropy:
+                entropy[rows] = -(logp.exp() * logp).sum(-1)
+        ctx.save_for_backward(hidden, head, targets, entropy)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.set_materialize_grads(False)  # a result nobody used then costs nothing
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy):
+        hidden, head, targets, entropy = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_head = torch.zeros(head.shape, dtype=_wide(head.dtype), device=head.device)
+        for start in range(0, len(targets), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            logp = _tempered_log_softmax(hidden[rows], head, ctx.temperature)
+            p = logp.exp()
+            grad = torch.zeros_like(p)
+            if grad_logprobs is not None:
+                grad = (-p * grad_logprobs[rows, None]).scatter_add_(1, targets[rows, None], grad_logprobs[rows, None])
+            if grad_entropy is not None:
+                grad -= p * (logp + entropy[rows, None]) * grad_entropy[rows, None]
+            grad = (grad / ctx.temperature).to(hidden.dtype)  # [chunk, V]
+            grad_hidden[rows] = grad @ head
+            grad_head += grad.T @ hidden[rows]
+        return grad_hidden, grad_head.to(head.dtype), None, None, None, None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _tempered_log_softmax(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
+    return F.log_softmax(F.linear(hidden, head).to(_wide(hidden.dtype)) / temperature, dim=-1)
+
+
+def token_logprobs(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    chunk: int = 1024,
+    with_entropy: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each target token and entropy of its distribution, both at `temperature`.
+
+    hidden [N, C] (the state that predicts the token), head [V, C], targets [N] int64 -> (logprobs [N], entropy [N])
+    in at least fp32; entropy is None without `with_entropy`. Logits are divided by the temperature first, as in
+    sampling; only [chunk, V] of them exist at a time, and the backward pass recomputes them. Both results are
+    differentiable. Raises ValueError for a temperature that is not positive.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}: a greedy choice has no log-probability")
+    return _ChunkedLogprobs.apply(hidden, head, targets, temperature, chunk, with_entropy)
+
+
+# --------------------------------------------------------------------------------------------------- loss
+
+
+def clipped_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    max_log_ratio: float | None = None,
+) -> Tensor:
+    """Per-token PPO loss (Eq. 3): -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), any shape, elementwise.
+
+    `advantages` broadcasts against the log-probs. `dual_clip` c bounds the loss of a negative advantage at -c A
+    (verl's dual clip, off in the paper); `max_log_ratio` clamps log rho to +-that (verl main: 20; off in the paper).
+    """
+    log_ratio = logprobs - old_logprobs
+    if max_log_ratio is not None:
+        log_ratio = log_ratio.clamp(-max_log_ratio, max_log_ratio)
+    ratio = log_ratio.exp()
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
+    if dual_clip:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
+    return loss
+
+
+def clipped_tokens(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: float = 0.2
+) -> Tensor:
+    """True where the clip took the gradient away: rho too high with A > 0, or too low with A < 0."""
+    ratio = (logprobs - old_logprobs).exp()
+    return (-advantages * ratio.clamp(1 - clip_low, 1 + clip_high)) > (-advantages * ratio)
+
+
+def k3_kl(
+    logprobs: Tensor, ref_logprobs: Tensor, max_log_ratio: float | None = None, max_kl: float | None = 10.0
+) -> Tensor:
+    """Per-token k3 estimate of KL(pi || pi_ref): exp(d) - d - 1 with d = log pi_ref - log pi, >= 0, any shape.
+
+    `max_kl` clamps the value to +-that, with no gradient beyond (the released code: 10; None: plain k3, as TRL);
+    `max_log_ratio` clamps d first (verl main: 20).
+    """
+    d = ref_logprobs - logprobs
+    if max_log_ratio is not None:
+        d = d.clamp(-max_log_ratio, max_log_ratio)
+    k3 = d.exp() - d - 1
+    return k3 if max_kl is None else k3.clamp(-max_kl, max_kl)
+
+
+AGGREGATIONS = (
+    "token_mean",
+    "microbatch_token_mean",
+    "sequence_mean_token_mean",
+    "sequence_mean_token_sum",
+    "dr_grpo",
+)
+
+
+def aggregate(values: Tensor, mask: Tensor, how: str = "token_mean", total: float | Tensor | None = None) -> Tensor:
+    """Sum per-token values [N, R] under mask [N, R] into one number; `total` is the denominator.
+
+    The trainer hands in the `total` of the whole global mini-batch, so the results of its micro-batches add up; None
+    takes this call's own. Values outside the mask may be anything, NaN included.
+
+      token_mean                sum / tokens                                     total: tokens           (default)
+      microbatch_token_mean     (sum / own tokens) * own sequences / sequences   total: sequences        (released)
+      sequence_mean_token_mean  sum of each sequence's mean / sequences          total: sequences        (GRPO, TRL)
+      sequence_mean_token_sum   sum of each sequence's sum / sequences           total: sequences
+      dr_grpo                   sum / (sequences * cap on reply tokens)          total: that product     (Dr.GRPO)
+    """
+    if how not in AGGREGATIONS:
+        raise ValueError(f"unknown aggregation {how!r}; one of {', '.join(AGGREGATIONS)}")
+    mask = mask.bool()
+    values = torch.where(mask, values, torch.zeros_like(values))
+    tokens = mask.sum(-1)  # [N]
+    if total is None:
+        total = {"token_mean": tokens.sum().clamp(min=1), "dr_grpo": mask.numel()}.get(how, len(mask))
+    if how == "sequence_mean_token_mean":
+        return (values.sum(-1) / tokens.clamp(min=1)).sum() / total
+    if how == "microbatch_token_mean":
+        return values.sum() / tokens.sum().clamp(min=1) * len(mask) / total
+    return values.sum() / total
+
+
+def loss_total(how: str, lengths: list[int], max_reply_tokens: int) -> int:
+    """The denominator that `aggregate` wants for a whole mini-batch of replies with these lengths (in tokens)."""
+    return {"token_mean": sum(lengths), "dr_grpo": len(lengths) * max_reply_tokens}.get(how, len(lengths))

@@ -1,0 +1,157 @@
+"""The passes over packed batches: log-probs without gradients, and one optimizer step over micro-batches.
+
+The denominators are arguments: each micro-batch returns a sum over its tokens divided by the count of the whole
+global mini-batch, gradients are summed over micro-batches and ranks, so the step is the same however it was cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tooln1.attention import PackedAttention
+from tooln1.batch import PackedBatch, as_rows
+from tooln1.distributed import reshard, sync_gradients, whole
+from tooln1.grpo import aggregate, clipped_policy_loss, clipped_tokens, k3_kl, token_logprobs
+from tooln1.model import Transformer
+
+Sums = dict[str, tuple[float, float]]
+"""Name of a metric -> (sum, count) over this rank's tokens."""
+
+
+def batch_logprobs(
+    model: Transformer, batch: PackedBatch, temperature: float, chunk: int, with_entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability [N] of the batch's reply tokens under `model` at `temperature`, and their entropy [N]."""
+    attend = PackedAttention(batch.segments, batch.tokens.device)
+    hidden = model(batch.tokens, batch.positions, attend)  # [T, C]
+    return token_logprobs(hidden[batch.predictors], model.head, batch.targets, temperature, chunk, with_entropy)
+
+
+@torch.no_grad()
+def with_logprobs(
+    batches: Sequence[PackedBatch],
+    policy: Transformer,
+    reference: Transformer | None,
+    temperature: float,
+    chunk: int,
+) -> tuple[list[PackedBatch], Sums]:
+    """The batches with `old_logprobs` (and `ref_logprobs`, given a reference) filled in, and the policy's entropy."""
+    filled, entropy_sum, tokens = [], 0.0, 0
+    for batch in batches:
+        old, entropy = batch_logprobs(policy, batch, temperature, chunk, with_entropy=True)
+        filled.append(replace(batch, old_logprobs=old))
+        entropy_sum += entropy.sum().item()
+        tokens += len(old)
+    reshard(policy)
+    if reference is not None:
+        for i, batch in enumerate(filled):
+            filled[i] = replace(batch, ref_logprobs=batch_logprobs(reference, batch, temperature, chunk)[0])
+        reshard(reference)
+    return filled, {"entropy": (entropy_sum, tokens)}
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """GRPO's loss of one micro-batch (Eq. 3): clipped policy term + kl_coef · KL - entropy_coef · entropy."""
+
+    temperature: float = 0.7
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 0.0  # 0: off
+    kl_coef: float = 1e-3  # 0: no reference needed
+    entropy_coef: float = 0.0
+    aggregation: str = "token_mean"
+    chunk: int = 1024  # rows of logits alive at a time
+
+    def __call__(self, policy: Transformer, batch: PackedBatch, total: float) -> tuple[Tensor, Sums]:
+        """The loss, a scalar whose sum over micro-batches and ranks is the mini-batch's; and sums for the log."""
+        logprobs, entropy = batch_logprobs(policy, batch, self.temperature, self.chunk, self.entropy_coef != 0)
+        lengths = torch.tensor(batch.lengths, device=logprobs.device, dtype=torch.int64)
+        advantages = batch.advantages.repeat_interleave(lengths)  # [N]
+        clip = (self.clip_low, self.clip_high)
+        policy_term = clipped_policy_loss(logprobs, batch.old_logprobs, advantages, *clip, self.dual_clip)
+        values = policy_term
+        clipped = clipped_tokens(logprobs.detach(), batch.old_logprobs, advantages, *clip)
+        sums = {"policy_loss": _sum(policy_term), "clip_fraction": _sum(clipped.float())}
+        if batch.ref_logprobs is not None:
+            kl = k3_kl(logprobs, batch.ref_logprobs)
+            sums["kl"] = _sum(kl)
+            values = values + self.kl_coef * kl
+        if self.entropy_coef:
+            values = values - self.entropy_coef * entropy
+        return aggregate(*as_rows(values, batch.lengths), self.aggregation, total), sums
+
+
+@dataclass(frozen=True)
+class SupervisedLoss:
+    """Cross-entropy of the reply tokens: the mean over the whole global mini-batch."""
+
+    chunk: int = 1024
+
+    def __call__(self, policy: Transformer, batch: PackedBatch, total: float) -> tuple[Tensor, Sums]:
+        """The loss, a scalar whose sum over micro-batches and ranks is the mini-batch's; and sums for the log."""
+        logprobs, _ = batch_logprobs(policy, batch, 1.0, self.chunk)
+        return -logprobs.sum() / total, {"cross_entropy": _sum(-logprobs)}
+
+
+def _sum(values: Tensor) -> tuple[float, float]:
+    return values.detach().sum().item(), float(values.numel())
+
+
+def scheduled_rate(step: int, steps: int, peak: float, schedule: str, warmup_ratio: float) -> float:
+    """Learning rate of `step` (from 0) of `steps`: linear warm-up to `peak`, then "constant" or "cosine" to 0."""
+    warmup = int(warmup_ratio * steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    loss: float  # this rank's part of it; the parts of all ranks add up
+    grad_norm: float  # global, before clipping
+    applied: bool  # False: the gradient was not finite and the weights are as before
+    sums: Sums
+
+
+def optimizer_step(
+    policy: Transformer,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[PackedBatch],
+    loss_of: Callable[[Transformer, PackedBatch, float], tuple[Tensor, Sums]],
+    total: float,
+    max_grad_norm: float,
+    learning_rate: float,
+) -> StepResult:
+    """Accumulate the gradients of all micro-batches, clip their global norm, step.
+
+    A gradient that is not finite on any rank leaves weights and Adam state untouched on all of them.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss_sum, sums = 0.0, {}
+    for i, batch in enumerate(batches):
+        sync_gradients(policy, on=i == len(batches) - 1)
+        loss, parts = loss_of(policy, batch, total)
+        loss.backward()
+        loss_sum += loss.item()
+        for name, (value, count) in parts.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + value, before[1] + count)
+    parameters = [parameter for parameter in policy.parameters() if parameter.grad is not None]
+    norm = whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
+    applied = bool(torch.isfinite(norm))  # the norm is global, so every rank decides alike
+    if applied:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+    return StepResult(loss_sum, norm.item(), applied, sums)

@@ -1,0 +1,310 @@
+"""Train a model to call tools: GRPO with a rule-based reward (mode rl), or the supervised baselines (mode sft).
+
+    torchrun --standalone --nproc-per-node 8 train.py --config configs/tool_n1_7b.toml
+    python train.py                                     # the embedded demo, on whatever this machine is
+    python train.py --help                              # every setting, its unit and the paper's value
+
+One step of rl(), below, is the whole algorithm; the equations are in tooln1/grpo.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tooln1.batch import PackedBatch, pack, plan
+from tooln1.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from tooln1.config import Config, load_config, to_toml
+from tooln1.data import EpochOrder, Example, drop_long, read_examples
+from tooln1.distributed import World, copy_weights, launch, sample_everywhere, shard
+from tooln1.errors import UserError, atomic_write, exit_on_user_error
+from tooln1.grpo import group_advantages, loss_total, zero_variance_groups
+from tooln1.metrics import Metrics, RunLog, progress
+from tooln1.model import Transformer, load_model, save_model
+from tooln1.prompt import build_messages
+from tooln1.rewards import REWARDS, fault_of
+from tooln1.rollout import Rollout, Sampler
+from tooln1.sft import demonstrations, read_pairs
+from tooln1.tokenizer import Tokenizer, load_tokenizer
+from tooln1.update import PolicyLoss, SupervisedLoss, optimizer_step, scheduled_rate, with_logprobs
+
+DEFAULT = Path(__file__).parent / "configs" / "demo.toml"
+FORMAT_FAULTS = ("no_call_block", "bad_json", "bad_format", "no_think")
+
+
+@dataclass
+class Run:
+    """What a run holds from its first step to its last."""
+
+    config: Config
+    world: World
+    tokenizer: Tokenizer
+    policy: Transformer  # fp32 masters, sharded over the ranks
+    reference: Transformer | None  # the frozen initial model; None where the KL has no weight
+    sampler: Sampler  # a whole copy of the policy in the sampling dtype
+    optimizer: torch.optim.Optimizer
+    examples: Sequence  # of Example (rl) or of demonstrations (sft)
+    held_out: list[Example]
+    order: EpochOrder
+    steps: int
+    bad_steps: int = 0  # optimizer steps in a row whose gradient was not finite
+
+
+# ------------------------------------------------------------------------------------------------ the algorithm
+
+
+def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
+    """One GRPO step: sample groups, score them, compare within each group, update the policy. Returns the replies."""
+    config, world = run.config, run.world
+    chosen = run.order.take(step, config.prompts_per_step)
+    examples = [run.examples[i] for i in chosen]
+    with metrics.timer("rollout"):
+        prompts = [prompt_ids(run.tokenizer, example, config.think) for example in examples]
+        with progress(len(prompts) * config.group_size // world.size, "sampling", "replies", world.main) as bar:
+            rollouts = sample_everywhere(
+                run.sampler, world, prompts, keys=chosen, group_size=config.group_size,
+                temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
+                max_new_tokens=config.max_reply_tokens, seed=config.seed, step=step, on_finished=bar.update,
+            )  # fmt: skip
+    with metrics.timer("reward"):
+        replies = [run.tokenizer.decode(rollout.reply) for rollout in rollouts]
+        answers = [examples[rollout.group].answer for rollout in rollouts]
+        rewards = torch.tensor([REWARDS[config.reward](*pair) for pair in zip(replies, answers, strict=True)])
+        if config.shuffle_rewards:
+            rewards = rewards[torch.randperm(len(rewards), generator=torch.Generator().manual_seed(step))]
+        groups = torch.tensor([rollout.group for rollout in rollouts])
+        advantages = group_advantages(rewards, groups, config.advantage_eps, config.scale_by_std)
+    with metrics.timer("logprobs"):
+        minibatches = []
+        for rows in minibatch_rows(rollouts, config.prompts_per_minibatch):
+            batches = my_batches(run, rollouts, rows, advantages)
+            batches, sums = with_logprobs(
+                batches, run.policy, run.reference, config.temperature, config.logprob_chunk_tokens
+            )
+            metrics.add_means(sums)
+            minibatches.append((rows, batches))
+    with metrics.timer("update"):
+        for rows, batches in minibatches:
+            total = loss_total(config.loss_aggregation, [len(rollouts[r].reply) for r in rows], config.max_reply_tokens)
+            update(run, policy_loss(config), batches, total, step, metrics)
+    with metrics.timer("sync"):
+        copy_weights(run.policy, run.sampler.model)
+    log_rollouts(metrics, rollouts, replies, answers, rewards, groups, minibatches, config)
+    return [
+        {"id": examples[r.group].id, "reward": reward, "reply": reply, "answer": answer}
+        for r, reward, reply, answer in zip(rollouts, rewards.tolist(), replies, answers, strict=True)
+    ]
+
+
+def sft_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
+    """One supervised step: cross-entropy of written replies, on the same packed batches."""
+    config = run.config
+    rollouts = [run.examples[i] for i in run.order.take(step, config.prompts_per_step)]
+    with metrics.timer("update"):
+        for rows in minibatch_rows(rollouts, config.prompts_per_minibatch):
+            total = sum(len(rollouts[row].reply) for row in rows)
+            batches = my_batches(run, rollouts, rows, torch.zeros(len(rollouts)))
+            update(run, SupervisedLoss(config.logprob_chunk_tokens), batches, total, step, metrics)
+    return []
+
+
+def update(run: Run, loss, batches: list[PackedBatch], total: float, step: int, metrics: Metrics) -> None:
+    """One optimizer step on a mini-batch; one whose gradient is not finite is skipped and counted."""
+    config = run.config
+    rate = scheduled_rate(step, run.steps, config.learning_rate, config.lr_schedule, config.warmup_ratio)
+    result = optimizer_step(run.policy, run.optimizer, batches, loss, total, config.max_grad_norm, rate)
+    run.bad_steps = 0 if result.applied else run.bad_steps + 1
+    if run.bad_steps >= config.max_bad_steps:
+        raise UserError(
+            f"{run.bad_steps} optimizer steps in a row had a gradient that is not finite; the run stops at step "
+            f"{step + 1}. Lower learning_rate ({config.learning_rate}) or look at rollouts.jsonl."
+        )
+    metrics.add_mean("loss", result.loss, 1 / run.world.size)  # the ranks' parts add up
+    metrics.add_mean("grad_norm", result.grad_norm)
+    metrics.add_max("learning_rate", rate)
+    metrics.add_sum("skipped_steps", (not result.applied) / run.world.size)
+    metrics.add_tokens("update", sum(len(batch.tokens) for batch in batches))
+    metrics.add_means(result.sums)
+
+
+# ------------------------------------------------------------------------------------------------ its parts
+
+
+def prompt_ids(tokenizer: Tokenizer, example: Example, think: bool) -> list[int]:
+    """The token ids that ask for an example's reply."""
+    return tokenizer.encode(tokenizer.render(build_messages(example, think), add_generation_prompt=True))
+
+
+def minibatch_rows(rollouts: Sequence[Rollout], prompts: int) -> list[list[int]]:
+    """Which rollouts each mini-batch holds: whole groups, `prompts` of them, in order."""
+    count = max(rollout.group for rollout in rollouts) // prompts + 1 if rollouts else 0
+    rows: list[list[int]] = [[] for _ in range(count)]
+    first = {group: place for place, group in enumerate(dict.fromkeys(rollout.group for rollout in rollouts))}
+    for row, rollout in enumerate(rollouts):
+        rows[first[rollout.group] // prompts].append(row)
+    return [mini for mini in rows if mini]
+
+
+def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantages: torch.Tensor) -> list[PackedBatch]:
+    """This rank's micro-batches of the mini-batch `rows`; every rank makes the same plan and takes its share."""
+    shares = plan(rollouts, rows, run.config.tokens_per_microbatch, run.world.size)
+    return [pack(rollouts, share, advantages, run.world.device) for share in shares[run.world.rank]]
+
+
+def policy_loss(config: Config) -> PolicyLoss:
+    """The loss that the config describes."""
+    return PolicyLoss(
+        config.temperature, config.clip_low, config.clip_high, config.dual_clip, config.kl_coef,
+        config.entropy_coef, config.loss_aggregation, config.logprob_chunk_tokens,
+    )  # fmt: skip
+
+
+def log_rollouts(metrics, rollouts, replies, answers, rewards, groups, minibatches, config) -> None:
+    """What the replies of a step say; every rank holds all of them and adds the same."""
+    faults = [fault_of(reply, answer, config.think) for reply, answer in zip(replies, answers, strict=True)]
+    lengths = [len(rollout.reply) for rollout in rollouts]
+    count = len(rollouts)
+    metrics.add_mean("reward", rewards.sum(), count)
+    metrics.add_mean("accuracy", faults.count("none"), count)
+    metrics.add_mean("format_ok", sum(fault not in FORMAT_FAULTS for fault in faults), count)
+    metrics.add_mean("truncated_fraction", sum(not rollout.finished for rollout in rollouts), count)
+    metrics.add_mean("zero_variance_fraction", zero_variance_groups(rewards, groups))
+    metrics.add_mean("reply_tokens_mean", sum(lengths), count)
+    metrics.add_min("reply_tokens_min", min(lengths))
+    metrics.add_max("reply_tokens_max", max(lengths))
+    metrics.add_tokens("rollout", sum(lengths) / rewards.new_tensor(1.0))
+    for _, batches in minibatches:
+        for batch in batches:
+            sampled = torch.tensor([logprob for row in batch.rows for logprob in rollouts[row].logprobs])
+            gap = (batch.old_logprobs.cpu() - sampled).abs()
+            metrics.add_mean("sampler_logprob_gap", gap.sum(), len(gap))
+
+
+def evaluate(run: Run) -> float:
+    """Greedy accuracy on the held-out examples: the share whose calls are right (the binary reward)."""
+    config, examples = run.config, run.held_out
+    prompts = [prompt_ids(run.tokenizer, example, config.think) for example in examples]
+    with progress(len(prompts) // run.world.size, "held-out", "replies", run.world.main) as bar:
+        rollouts = sample_everywhere(
+            run.sampler, run.world, prompts, keys=list(range(len(prompts))), group_size=1, temperature=0.0,
+            max_new_tokens=config.max_reply_tokens, on_finished=bar.update,
+        )  # fmt: skip
+    right = [
+        fault_of(run.tokenizer.decode(rollout.reply), example.answer, config.think) == "none"
+        for rollout, example in zip(rollouts, examples, strict=True)
+    ]
+    return sum(right) / len(right)
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+
+def build(config: Config, world: World) -> tuple[Run, int]:
+    """Everything a run needs, and how many of its steps are done already."""
+    tokenizer = load_tokenizer(config.model)
+    tokenizer.stop_ids  # noqa: B018  a model without one fails now, not in the first step
+    examples, held_out = load_data(config, world, tokenizer)
+    low = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    policy = load_model(config.model, torch.float32, world.device)
+    for block in policy.model.layers:
+        block.recompute = config.activation_checkpointing
+    sampler = Sampler(load_model(config.model, low, world.device), tokenizer.stop_ids, config.rollout_rows)
+    reference = None
+    if config.mode == "rl" and config.kl_coef:
+        reference = load_model(config.reference_model or config.model, low, world.device).requires_grad_(False)
+        reference = shard(reference, world)
+    policy = shard(policy, world, low)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps, weight_decay=config.weight_decay, fused=world.device.type == "cuda",
+    )  # fmt: skip
+    order = EpochOrder(len(examples), config.seed)
+    steps = config.steps or config.epochs * order.steps_per_epoch(config.prompts_per_step)
+    run = Run(config, world, tokenizer, policy, reference, sampler, optimizer, examples, held_out, order, steps)
+    return run, resume(run)
+
+
+def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Sequence, list[Example]]:
+    """The training examples (sft: demonstrations) and the held-out ones, over-long prompts left out."""
+    say = print if world.main else lambda *words: None
+    held_out = read_examples(config.eval_data) if config.eval_data else []
+    held_out, _ = drop_long(held_out[: config.eval_rows or None], tokenizer, config.max_prompt_tokens)
+    if config.mode == "sft":
+        examples = demonstrations(read_pairs(config.train_data), tokenizer, config.think, config.sft_on_prompt)
+        limit = config.max_prompt_tokens + config.max_reply_tokens
+        kept = [rollout for rollout in examples if len(rollout.prompt) + len(rollout.reply) <= limit]
+        dropped = len(examples) - len(kept)
+    else:
+        kept, dropped = drop_long(read_examples(config.train_data), tokenizer, config.max_prompt_tokens)
+    if not kept:
+        raise UserError(f"{config.train_data}: no example is left (max_prompt_tokens {config.max_prompt_tokens}).")
+    say(f"{len(kept)} training examples ({dropped} over-long left out), {len(held_out)} held-out examples")
+    return kept, held_out
+
+
+def resume(run: Run) -> int:
+    """Steps that the checkpoint asked for has behind it (0: none was); fills policy, optimizer and sampler from it."""
+    config = run.config
+    run_dir = Path(config.run_dir)
+    if not config.resume:
+        if (run_dir / "metrics.jsonl").exists():
+            raise UserError(f"{run_dir} already holds a run: go on with --resume, or choose another --run-dir.")
+        return 0
+    newest = complete_checkpoints(run_dir / "checkpoints")[-1:]
+    if config.resume == "auto" and not newest:
+        return 0
+    checkpoint = newest[0] if config.resume == "auto" else Path(config.resume)
+    done = load_checkpoint(checkpoint, run.policy, run.optimizer, run.world)
+    copy_weights(run.policy, run.sampler.model)
+    return done
+
+
+def train(config: Config, world: World) -> None:
+    """Run all steps that are left; log, evaluate, save, export."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    run, done = build(config, world)
+    run_dir = Path(config.run_dir)
+    if world.main:
+        with atomic_write(run_dir / "config.toml") as file:
+            file.write(to_toml(config))
+    log = RunLog(run_dir, run.steps, completed=done or None, tensorboard=config.tensorboard, write=world.main)
+    if config.eval_before_training and not done and run.held_out:
+        log.step(0, {"heldout_accuracy": evaluate(run)})
+    one_step = rl_step if config.mode == "rl" else sft_step
+    synchronize = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
+    for step in range(done, run.steps):
+        metrics = Metrics(synchronize)
+        last = step + 1 == run.steps
+        with metrics.timer("step"):
+            replies = one_step(run, step, metrics)
+            if run.held_out and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
+                with metrics.timer("eval"):
+                    copy_weights(run.policy, run.sampler.model)
+                    metrics.add_mean("heldout_accuracy", evaluate(run))
+        log.step(step + 1, metrics.reduced(world.reduce))
+        log.rollouts(step + 1, replies, config.log_rollouts)
+        if last or (config.save_every and (step + 1) % config.save_every == 0):
+            folder = run_dir / "checkpoints"
+            save_checkpoint(folder, step + 1, run.policy, run.optimizer, world, config.keep_checkpoints)
+    copy_weights(run.policy, run.sampler.model)
+    if world.main:
+        save_model(run.sampler.model, run_dir / "hf")
+        print(f"done: the model is in {run_dir / 'hf'}, the curves: python -m tooln1.plot {run_dir}")
+    world.wait()
+    log.close()
+
+
+def main() -> None:
+    """Read the settings, join the other processes, train."""
+    config = load_config(sys.argv[1:], DEFAULT)
+    with launch(config.device) as world:
+        train(config, world)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
