@@ -49,21 +49,22 @@ class PackedAttention:
 
     def __init__(self, segments: tuple[Segment, ...], device: torch.device | str):
         self.segments = segments
+        self.sizes = [size for segment in segments for size in (segment.prompt, sum(segment.replies))]
         self.masks = [_reply_mask(segment, device) for segment in segments]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        pieces = []
-        for segment, mask in zip(self.segments, self.masks, strict=True):
-            prompt = slice(segment.start, segment.start + segment.prompt)
-            pieces.append(causal(layer, q[prompt], k[prompt], v[prompt]))
+        # One split, not a slice per group: each slice's gradient would be a zero-filled copy of the whole stream.
+        pieces = zip(*(zip(*[iter(x.split(self.sizes))] * 2, strict=True) for x in (q, k, v)), strict=True)
+        out = []
+        for segment, mask, (queries, keys, values) in zip(self.segments, self.masks, pieces, strict=True):
+            out.append(causal(layer, queries[0], keys[0], values[0]))
             if segment.replies:
-                replies = slice(prompt.stop, prompt.stop + sum(segment.replies))
-                pieces.append(_attend_replies(segment, mask, q[replies], k, v))
-        return torch.cat(pieces)  # [T, H, D]
+                out.append(_attend_replies(segment, mask, queries[1], keys, values))
+        return torch.cat(out)  # [T, H, D]
 
 
 def _reply_mask(segment: Segment, device: torch.device | str) -> Tensor | None:
-    """[R, P + R], R the longest reply: the whole prompt, then the reply causally. Padding sits behind every query."""
+    """[R, P + R], R the longest reply: all of the prompt, the reply causally; padding stands behind every query."""
     longest = max(segment.replies, default=0)
     if longest == 0:
         return None
@@ -71,16 +72,15 @@ def _reply_mask(segment: Segment, device: torch.device | str) -> Tensor | None:
     return full.tril(segment.prompt)
 
 
-def _attend_replies(segment: Segment, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The group's replies as the rows of one batch, each with the prompt's keys in front: [sum of replies, H, D]."""
-    prompt, lengths = slice(segment.start, segment.start + segment.prompt), list(segment.replies)
-    replies = slice(prompt.stop, prompt.stop + sum(lengths))
+def _attend_replies(segment: Segment, mask: Tensor, q: Tensor, keys: tuple, values: tuple) -> Tensor:
+    """A group's replies as rows of one batch, each behind the prompt; keys and values: (the prompt's, the replies')."""
+    lengths = list(segment.replies)
 
-    def rows(x: Tensor) -> Tensor:  # [sum, heads, D] -> [G, R, heads, D]
+    def rows(x: Tensor) -> Tensor:  # [sum of replies, heads, D] -> [G, R, heads, D]
         return torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True)
 
-    def with_prompt(x: Tensor) -> Tensor:  # -> [G, P + R, K, D]
-        return torch.cat((x[prompt].expand(len(lengths), -1, -1, -1), rows(x[replies])), dim=1)
+    def with_prompt(prompt: Tensor, replies: Tensor) -> Tensor:  # -> [G, P + R, K, D]
+        return torch.cat((prompt.expand(len(lengths), -1, -1, -1), rows(replies)), dim=1)
 
-    out = attention(rows(q), with_prompt(k), with_prompt(v), mask)  # [G, R, H, D]
+    out = attention(rows(q), with_prompt(*keys), with_prompt(*values), mask)  # [G, R, H, D]
     return torch.cat([row[:length] for row, length in zip(out, lengths, strict=True)])

@@ -100,6 +100,7 @@ def launch(device: str = "auto") -> Iterator[World]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     try:
         yield World(rank, size, where)
+        dist.barrier()  # a rank that hangs up while others still talk would bring them down
     finally:
         dist.destroy_process_group()
 

@@ -1,0 +1,117 @@
+"""Packing: the worked example, plans that fit, and shared prompts that change nothing."""
+
+import pytest
+import torch
+from conftest import reference
+
+from tooln1.attention import PackedAttention, Segment, causal
+from tooln1.batch import as_rows, pack, plan
+from tooln1.grpo import token_logprobs
+from tooln1.model import load_model
+from tooln1.rollout import Rollout
+
+
+def rollout(group, sample, prompt, reply):
+    return Rollout(group, sample, list(prompt), list(reply), [0.0] * len(reply), True)
+
+
+def random_rollouts(seed=0, groups=5, size=3, vocab=200, longest=12):
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens():
+        return torch.randint(0, vocab, (int(torch.randint(1, longest, (1,), generator=generator)),), generator=generator)
+
+    prompts = [tokens().tolist() for _ in range(groups)]
+    return [rollout(g, s, prompts[g], tokens().tolist()) for g in range(groups) for s in range(size)]
+
+
+def test_the_worked_example_of_the_docstring():
+    a, b, c, d, e, f, g = range(10, 17)
+    rollouts = [rollout(0, 0, [a, b], [c, d]), rollout(0, 1, [a, b], [e]), rollout(1, 0, [f], [g])]
+    batch = pack(rollouts, [0, 1, 2], torch.tensor([1.0, -1.0, 0.5]))
+    assert batch.tokens.tolist() == [a, b, c, d, e, f, g]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 2, 0, 1]
+    assert batch.segments == (Segment(0, 2, (2, 1)), Segment(5, 1, (1,)))
+    assert batch.targets.tolist() == [c, d, e, g]
+    assert batch.predictors.tolist() == [1, 2, 1, 5]
+    assert batch.lengths == (2, 1, 1) and batch.rows == (0, 1, 2)
+    assert batch.advantages.tolist() == [1.0, -1.0, 0.5]
+
+
+def test_no_rows_give_one_idle_token():
+    batch = pack([], [], torch.zeros(0))
+    assert batch.tokens.tolist() == [0] and len(batch.targets) == 0 and batch.segments == (Segment(0, 1, ()),)
+
+
+def test_values_as_rows():
+    rows, mask = as_rows(torch.tensor([1.0, 2.0, 3.0]), [1, 2])
+    assert rows.tolist() == [[1, 0], [2, 3]] and mask.tolist() == [[True, False], [True, True]]
+    rows, mask = as_rows(torch.zeros(0, requires_grad=True), [])
+    assert rows.shape == mask.shape == (0, 1) and rows.requires_grad
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+@pytest.mark.parametrize("budget", [1, 20, 45, 10_000])
+def test_a_plan_holds_every_row_once_within_the_budget(ranks, budget):
+    rollouts = random_rollouts()
+    rows = list(range(3, len(rollouts)))
+    shares = plan(rollouts, rows, budget, ranks)
+    assert len(shares) == ranks and len({len(share) for share in shares}) == 1
+    assert sorted(row for share in shares for micro in share for row in micro) == rows
+    for micro in (micro for share in shares for micro in share):
+        batch = pack(rollouts, micro, torch.zeros(len(rollouts)))
+        assert len(batch.tokens) <= budget or len(micro) <= 1
+    assert shares == plan(rollouts, rows, budget, ranks)
+
+
+def test_micro_batches_that_run_in_step_cost_about_the_same():
+    rollouts = random_rollouts(groups=64, longest=40)
+    shares = plan(rollouts, list(range(len(rollouts))), 400, 4)
+    for step in zip(*shares, strict=True):
+        sizes = [len(pack(rollouts, micro, torch.zeros(len(rollouts))).tokens) for micro in step]
+        assert max(sizes) <= 1.2 * min(sizes)
+
+
+def logprobs_and_gradients(model, batches):
+    model.zero_grad(set_to_none=True)
+    by_row = {}
+    for batch in batches:
+        hidden = model(batch.tokens, batch.positions, PackedAttention(batch.segments, "cpu"))
+        logprobs, _ = token_logprobs(hidden[batch.predictors], model.head, batch.targets, 0.7, chunk=16)
+        by_row.update(zip(batch.rows, logprobs.split(list(batch.lengths)), strict=True))
+        weights = torch.cat([torch.linspace(0.5, 1.5, n, dtype=torch.float64) * (r + 1) for r, n in
+                             zip(batch.rows, batch.lengths, strict=True)])  # fmt: skip
+        (logprobs * weights).sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    return torch.cat([by_row[row] for row in sorted(by_row)]).detach(), gradient
+
+
+def test_shared_prompts_give_the_logprobs_and_gradients_of_separate_sequences():
+    model = load_model(reference("models/dev/llama31_orig64_untied_fp32"), torch.float64)
+    rollouts = random_rollouts()
+    zeros = torch.zeros(len(rollouts))
+    separate = [pack(rollouts, [row], zeros) for row in range(len(rollouts))]
+    shared = [pack(rollouts, list(range(len(rollouts))), zeros)]
+    cut = [pack(rollouts, rows, zeros) for rows in plan(rollouts, list(range(len(rollouts))), 30, 1)[0]]
+    want, want_gradient = logprobs_and_gradients(model, separate)
+    for batches in (shared, cut):
+        got, gradient = logprobs_and_gradients(model, batches)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+        assert (gradient - want_gradient).norm() / want_gradient.norm() <= 1e-9
+
+
+def test_a_reply_does_not_see_its_siblings():
+    """The pattern of the docstring's drawing, read off from what changes when one key changes."""
+    segment = Segment(0, 2, (2, 1))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(5, 2, 4, generator=generator) for _ in range(3))
+    out = PackedAttention((segment,), "cpu")(0, q, k, v)
+    sees = torch.zeros(5, 5, dtype=torch.bool)
+    for key in range(5):
+        changed = v.clone()
+        changed[key] += 1
+        sees[:, key] = (PackedAttention((segment,), "cpu")(0, q, k, changed) - out).abs().amax((1, 2)) > 1e-6
+    assert sees.int().tolist() == [
+        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1],
+    ]  # fmt: skip
+    torch.testing.assert_close(out[:4], causal(0, q[:4], k[:4], v[:4]))

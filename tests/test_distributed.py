@@ -1,0 +1,76 @@
+"""One process, two, three: the same tokens, losses, gradients and weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import reference
+
+from tooln1.distributed import World, launch
+from tooln1.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = reference("models/dev/qwen1p5b_12x2_tied_bf16_sharded")
+
+
+def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a script of this repository under torchrun, one thread a process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def recorded_steps(folder: Path, processes: int, budget: int, steps: int = 5, *extra: str) -> dict:
+    out = folder / f"{processes}-{budget}-{len(list(folder.iterdir()))}.json"
+    run = torchrun(processes, "tests/recorded_steps.py", str(MODEL), str(out), str(steps), str(budget), *extra)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    return recorded_steps(folder, 1, 10_000)
+
+
+@pytest.mark.parametrize("processes,budget", [(2, 60), (3, 10_000)])
+def test_more_processes_give_the_same_steps_and_the_same_tokens(folder, alone, processes, budget):
+    """Five steps on recorded rollouts; with three ranks and a large budget some ranks idle in some micro-batches."""
+    several = recorded_steps(folder, processes, budget)
+    assert several["loss"] == pytest.approx(alone["loss"], rel=1e-5, abs=1e-5)
+    assert several["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-5)
+    assert several["weights"] == pytest.approx(alone["weights"], rel=1e-4, abs=2e-3)
+    assert several["replies"] == alone["replies"]
+
+
+@pytest.mark.parametrize("written_by,read_by", [(1, 2), (2, 1)])
+def test_a_checkpoint_loads_at_another_world_size(folder, written_by, read_by):
+    place = folder / f"checkpoints-{written_by}"
+    saved = recorded_steps(folder, written_by, 10_000, 2, f"save={place}")
+    assert sorted(path.name for path in place.iterdir()) == ["step-000002"]
+    loaded = recorded_steps(folder, read_by, 10_000, 1, f"load={place / 'step-000002'}")
+    assert loaded["resumed"] == 2
+    assert loaded["weights"] == saved["weights"]
+    again = recorded_steps(folder, written_by, 10_000, 1, f"load={place / 'step-000002'}")
+    assert again["moments"] == pytest.approx(loaded["moments"], rel=1e-6) and sum(again["moments"]) > 0
+
+
+def test_work_is_dealt_like_cards():
+    cpu = torch.device("cpu")
+    shares = [World(rank, 3, cpu).share(8) for rank in range(3)]
+    assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
+
+
+def test_a_gpu_that_is_not_there_is_a_sentence():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match="torch finds no GPU"), launch("cuda"):
+        pass

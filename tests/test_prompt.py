@@ -1,0 +1,311 @@
+"""The template against the released texts and prompts, and the reading of replies."""
+
+import copy
+import gzip
+import hashlib
+import json
+import time
+
+import pytest
+from conftest import shared
+
+from tooln1 import prompt
+from tooln1.data import Example
+from tooln1.prompt import build_messages, call_blocks, format_reply, parse_reply, read_json
+
+TEXTS = {
+    "xlam_system_prefix.txt": prompt.XLAM_SYSTEM,
+    "train_tools_section.txt": prompt.TOOLS_SECTION + prompt.THINK_INSTRUCTION,
+    "sft_no_reason_instruction.txt": prompt.NO_THINK_INSTRUCTION,
+    "released_bfcl_handler_system.txt": prompt.RELEASED_HANDLER_SYSTEM,
+}
+SHA256 = {
+    "xlam_system_prefix.txt": "e08cc1d670a2152fcdd88df996d9aff48b6b6925b4fdecec0df108b674e155b9",
+    "train_tools_section.txt": "1794e0d642a73bc0e2d5956d97af23605c9eda1bee9cdcc1d97790a8f77b1d45",
+    "sft_no_reason_instruction.txt": "5f2fc6d60627fd70dba1393b427c24011303858b2a56b38b56a02d6f27dcba5a",
+    "released_bfcl_handler_system.txt": "6877c90676c1c7fcb35cf10d9eb6b63176b86cccfed826a6183bec4b1ac346e3",
+}
+
+
+def example(**changes) -> Example:
+    fields = {
+        "id": "own-1",
+        "source": "own",
+        "system": "You call tools:\n",
+        "tools": [{"name": "weather", "description": "Grüße {tools}"}, {"name": "clock", "parameters": {}}],
+        "messages": [{"role": "user", "content": "What is it like in Paris?"}],
+        "answer": [{"name": "weather", "arguments": {"city": "Paris"}}],
+    }
+    return Example(**(fields | changes))
+
+
+# ---- the template ----
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_are_the_released_ones(name):
+    assert hashlib.sha256(TEXTS[name].encode()).hexdigest() == SHA256[name]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_equal_the_reference_files(name):
+    assert TEXTS[name].encode() == shared(f"data/prompts/{name}").read_bytes()
+
+
+def test_system_message_is_prefix_then_tools_then_instruction():
+    system, *turns = build_messages(example())
+    lines = (
+        '{"type": "function", "function": {"name": "weather", "description": "Gr\\u00fc\\u00dfe {tools}"}}\n'
+        '{"type": "function", "function": {"name": "clock", "parameters": {}}}'
+    )
+    assert system["role"] == "system"
+    assert system["content"].startswith(
+        "You call tools:\n# Tool\n\nHere is a list of functions in JSON format that you can invoke:\n\n"
+        f"<tools>\n{lines}\n</tools>\n\nIn each action step, you MUST: \n1. Think about"
+    )
+    assert system["content"].endswith("Please make sure the type of the arguments is correct. \n")
+    assert turns == [{"role": "user", "content": "What is it like in Paris?"}]
+
+
+def test_without_thinking_only_the_instruction_differs():
+    thinking = build_messages(example())[0]["content"]
+    plain = build_messages(example(), think=False)[0]["content"]
+    shared_part, _, _ = thinking.partition("In each action step")
+    assert plain == shared_part + prompt.NO_THINK_INSTRUCTION
+    assert "<think>" not in plain
+
+
+def test_released_handler_wording_replaces_the_system_text():
+    system, turn = build_messages(example(), wording="released_handler")
+    assert "You call tools" not in system["content"]
+    assert '\n    <tools>\n    {"type": "function", "function": {"name": "weather"' in system["content"]
+    assert 'make tool_calls an empty list <tool_call>[]</tool_call>"\n    ' in system["content"]
+    assert turn["role"] == "user"
+
+
+@pytest.mark.parametrize("options", [{"wording": "mine"}, {"wording": "released_handler", "think": False}])
+def test_wordings_that_do_not_exist(options):
+    with pytest.raises(ValueError, match="released_handler"):
+        build_messages(example(), **options)
+
+
+def test_turns_are_passed_on_and_the_example_is_left_alone():
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": '[{"name": "clock", "arguments": {}}]'},
+        {"role": "tool", "content": '{"time": 5}'},
+    ]
+    given = example(messages=turns)
+    before = copy.deepcopy(given)
+    messages = build_messages(given)
+    assert messages[1:] == turns
+    messages[1]["content"] = "changed"
+    assert given == before
+
+
+def golden_example(row: dict, toolace_rows: list[dict]) -> Example:
+    """The example behind a golden prompt, from the raw row where it comes from one."""
+    turns = [dict(turn) for turn in row["messages"][1:]]
+    for turn in turns:  # the released code encodes earlier calls twice
+        if turn["role"] == "assistant" and turn["content"].startswith('"'):
+            turn["content"] = json.loads(turn["content"])
+    if row["source"] == "xlam":
+        return example(
+            system=prompt.XLAM_SYSTEM,
+            tools=json.loads(row["tools"]),
+            messages=[{"role": "user", "content": row["query"]}],
+        )
+    system = toolace_rows[row["row"]]["system"]
+    end = system.index("invoke:\n") + len("invoke:\n")
+    tools, _ = json.JSONDecoder().raw_decode(system, system.index("[", end))
+    return example(system=system[:end], tools=tools, messages=turns)
+
+
+def test_prompts_equal_the_released_ones():
+    with open(shared("data/fixtures/toolace_raw_format.jsonl"), encoding="utf-8") as file:
+        toolace_rows = [json.loads(line) for line in file]
+    with gzip.open(shared("data/golden/golden_prompts_dev.jsonl.gz"), "rt", encoding="utf-8") as file:
+        golden = [json.loads(line) for line in file]
+    assert len(golden) == 159
+    for row in golden:
+        given = golden_example(row, toolace_rows)
+        messages = build_messages(given)
+        assert messages[0] == row["messages"][0]
+        assert [turn["role"] for turn in messages] == [turn["role"] for turn in row["messages"]]
+        for ours, released in zip(messages, row["messages"], strict=True):
+            again = json.dumps(ours["content"])  # the double encoding, put back
+            assert released["content"] in (ours["content"], again)
+
+
+# ---- replies ----
+
+MARKER = "<|im_start|>assistant\n"
+CALL = '{"name": "clock", "arguments": {"zone": "CET"}}'
+CALLS = [{"name": "clock", "arguments": {"zone": "CET"}}]
+NESTED = "[" * 100_000 + "]" * 100_000
+
+
+def block(payload: str) -> str:
+    return f"<tool_call>{payload}</tool_call>"
+
+
+REPLIES = [
+    (f"<think>t</think> {block(f'[{CALL}]')}", CALLS, "none"),
+    (f"{block(f'[{CALL}]')} </think><think>", CALLS, "none"),  # any place, any order
+    (f"<think>t</think>{block(f'[{CALL}]')}<|im_end|>", CALLS, "none"),
+    (f"<think></think>{block(CALL)}", CALLS, "none"),  # one object stands for a list of one
+    (f"<think></think>{block(json.dumps(f'[{CALL}]'))}", CALLS, "none"),  # encoded twice
+    (f"<think></think>{block('x')}{block(f'[{CALL}]')}", CALLS, "none"),  # the last block
+    ("<think></think>" + block("[]"), [], "none"),
+    ("<think></think>" + block("\u00a0\u2003[]\r\n"), [], "none"),  # Unicode white space
+    (f"<think>no end{block('[]')}", [], "no_think"),
+    (block("[]"), [], "no_think"),
+    (f"<think></think><|im_start|>assistant\n{block('[]')}", [], "no_think"),  # cut at the marker
+    (f"{MARKER}<think></think>{MARKER}{block('[]')}", [], "no_think"),  # at the last one
+    (f"{block('x')}<|im_start|>assistant\n<think></think>{block('[]')}", [], "none"),
+    ("", None, "no_call_block"),
+    (f"<think></think>[{CALL}]", None, "no_call_block"),
+    (f"<think></think><tool_call>[{CALL}]", None, "no_call_block"),
+    (f"<think></think></tool_call>[{CALL}]<tool_call>", None, "no_call_block"),
+    (f"<think>maybe <tool_call> it is</think>{block(f'[{CALL}]')}", None, "bad_json"),  # swallowed
+    ("<think></think>" + block(""), None, "bad_json"),
+    ("<think></think>" + block(f"[{CALL}"), None, "bad_json"),
+    ("<think></think>" + block("null"), None, "bad_json"),
+    ("<think></think>" + block('"null"'), None, "bad_json"),
+    ("<think></think>" + block(f"[{'9' * 5000}]"), None, "bad_json"),
+    ("<think></think>" + block(NESTED), None, "bad_json"),
+    ("<think></think>" + block("5"), None, "bad_format"),
+    ("<think></think>" + block("true"), None, "bad_format"),
+    ("<think></think>" + block("NaN"), None, "bad_format"),
+    ("<think></think>" + block("{}"), None, "bad_format"),
+    ("<think></think>" + block('["a"]'), None, "bad_format"),
+    ("<think></think>" + block("[[]]"), None, "bad_format"),
+    ("<think></think>" + block('[{"name": "clock"}]'), None, "bad_format"),
+    ("<think></think>" + block('[{"arguments": {}}]'), None, "bad_format"),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "calls", "fault"), REPLIES, ids=[f"{number}-{case[-1]}" for number, case in enumerate(REPLIES)]
+)
+def test_calls_and_fault(text, calls, fault):
+    reply = parse_reply(text)
+    assert (reply.calls, reply.fault) == (calls, fault)
+    assert bool(reply.detail) == (fault != "none")
+
+
+def test_values_that_json_allows_and_gold_never_holds():
+    reply = parse_reply(block('[{"name": 5, "arguments": [NaN, -Infinity, "\\ud800"], "x": 1, "x": 2}]'))
+    assert reply.calls[0]["name"] == 5
+    assert reply.calls[0]["x"] == 2
+    assert reply.calls[0]["arguments"][1:] == [float("-inf"), "\ud800"]
+
+
+STRICT = f"<think>t</think> {block(f'[{CALL}]')}"
+
+
+@pytest.mark.parametrize(
+    ("text", "strict"),
+    [
+        (STRICT, True),
+        (f"\n{STRICT}\n<|im_end|>\n", True),
+        (f"{STRICT}<|eot_id|>", True),
+        (f"<think></think>\n\n{block('[]')}<|endoftext|>", True),
+        (f"{STRICT}.", False),
+        (f"So: {STRICT}", False),
+        (f"<think>t</think> so {block(f'[{CALL}]')}", False),
+        (f"{STRICT}<|im_end|><|im_end|>", False),
+        (f"{STRICT}{block('[]')}", False),
+        (f"<think>a</think>{STRICT}", False),
+        (f"<think><think>t</think> {block(f'[{CALL}]')}", False),
+        (f"{block(f'[{CALL}]')}<think>t</think>", False),
+        (f"</think>t<think> {block(f'[{CALL}]')}", False),
+        (f"<think>{block(f'[{CALL}]')}</think>", False),
+        (block(f"[{CALL}]"), False),
+        (f"<think>t</think> {block(CALL)}", False),  # an object, not a list
+        (f"<think>t</think> {block(json.dumps(f'[{CALL}]'))}", False),  # a string
+        ("<think>t</think>" + block('[{"name": 5, "arguments": {}}]'), False),
+        ("<think>t</think>" + block('[{"name": "a", "arguments": []}]'), False),
+        (f"<|im_start|>assistant\n{STRICT}", False),
+        (f"<think>t<|im_start|>assistant</think>{block('[]')}", False),
+    ],
+)
+def test_strict_layout(text, strict):
+    assert parse_reply(text).is_strict is strict
+
+
+def test_call_blocks_from_left_to_right():
+    text = "<tool_call> a </tool_call>x<tool_call>b <tool_call>c</tool_call></tool_call><tool_call>d"
+    assert list(call_blocks(text)) == ["a", "b <tool_call>c"]
+    assert next(call_blocks("none"), None) is None
+
+
+UNREADABLE = {
+    "not JSON: .* at character 1": "{",
+    "nested too deeply": "[" * 100_000,
+    "more digits than Python reads": "9" * 5000,
+    "longer than 4194304 characters": " " * (prompt.MAX_JSON_LENGTH + 1),
+}
+
+
+@pytest.mark.parametrize(("words", "text"), UNREADABLE.items(), ids=UNREADABLE)
+def test_read_json_fails_in_one_way(words, text):
+    with pytest.raises(ValueError, match=words) as caught:
+        read_json(text)
+    assert type(caught.value) is ValueError
+
+
+@pytest.mark.parametrize("thought", [None, "", "It asks for Zürich."])
+def test_format_reply_reads_back(thought):
+    calls = [{"name": "weather", "arguments": {"city": "Zürich", "days": [1, 2.0, None]}}, *CALLS]
+    text = format_reply(calls, thought)
+    reply = parse_reply(text)
+    assert reply.calls == calls
+    assert reply.is_strict == reply.has_think == (thought is not None)
+    assert "Zürich" in text
+
+
+def hostile(size: int) -> dict[str, str]:
+    """Texts of about `size` characters made to be slow to read."""
+
+    def of(unit: str) -> str:
+        return unit * (size // len(unit))
+
+    payloads = {
+        "lists": "[" + of("[],") + "[]]",
+        "calls": "[" + ",".join(["{}"] * (size // 3)) + "]",
+        "integers": "[" + ",".join(["9" * 4300] * (size // 4301)) + "]",
+        "integer": "9" * size,
+        "fraction": "0." + "1" * size,
+        "deep lists": of("["),
+        "deep objects": of('{"a":'),
+        "escapes": '["' + of("\\ud800") + '"]',
+        "spaces": " " * size + "x",
+        "string in string": json.dumps(of("[")),
+    }
+    bare = {
+        "opened": of("<tool_call>"),
+        "closed": of("</tool_call>"),
+        "empty blocks": of("<tool_call></tool_call>"),
+        "thinks": of("<think>"),
+        "almost tags": of("<tool_call"),
+        "markers": of("<|im_start|>assistant"),
+        "zeros": "\0" * size,
+        "surrogates": "\ud83d" * size,
+    }
+    return bare | {name: f"<think></think>{block(payload)}" for name, payload in payloads.items()}
+
+
+@pytest.mark.parametrize("name", hostile(1000))
+def test_hostile_replies_are_read_fast(name):
+    for size, limit in ((2**16, 0.05), (10_000_000, 1.0)):
+        text = hostile(size)[name]
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            reply = parse_reply(text)
+            seconds.append(time.perf_counter() - start)
+            if seconds[-1] < limit:
+                break
+        assert min(seconds) < limit, f"{len(text)} characters took {min(seconds):.3f} s"
+        assert reply.calls is None

@@ -1,0 +1,148 @@
+"""Sampling: greedy equals transformers, and a reply depends on nothing but (seed, step, key, sample)."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import reference
+from safetensors.torch import load_file
+
+from tooln1.model import load_model, sequence_logits
+from tooln1.rollout import Sampler, choose, restrict, uniforms
+
+MODELS = sorted(path.name for path in reference("models/dev").iterdir())
+PROMPTS = [[3, 9, 27], [5], [8, 8, 1, 40, 7, 13, 2], [100, 200]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(reference("models/dev/qwen1p5b_12x2_tied_bf16_sharded"))
+
+
+def texts(rollouts):
+    return {(rollout.group, rollout.sample): rollout.reply for rollout in rollouts}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_and_logprobs_equal_transformers(name):
+    folder = reference(f"models/dev/{name}")
+    want = load_file(folder / "expected.safetensors")
+    stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    prompts = [ids[keep.bool()].tolist() for ids, keep in zip(want["gen.prompt_ids"], want["gen.prompt_mask"], strict=True)]
+    rollouts = Sampler(load_model(folder), stops).generate(prompts, temperature=0.0, max_new_tokens=64)
+    for i, rollout in enumerate(rollouts):
+        length = int(want["gen.lengths"][i])
+        assert rollout.reply == want["gen.new_tokens"][i, :length].tolist()
+        assert rollout.finished == (rollout.reply[-1] in stops)
+        torch.testing.assert_close(
+            torch.tensor(rollout.logprobs), want["gen.logprobs_T1"][i, :length], atol=5e-5, rtol=0
+        )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_replies_do_not_depend_on_the_batch(model, temperature):
+    how = dict(group_size=3, temperature=temperature, max_new_tokens=24, seed=5, step=2)
+    together = texts(Sampler(model, [7, 50]).generate(PROMPTS, **how))
+    assert len({tuple(reply) for reply in together.values()}) > len(PROMPTS) or temperature == 0
+    three_rows = texts(Sampler(model, [7, 50], rows=3).generate(PROMPTS, **how))
+    assert three_rows == together
+    keys = [30, 10, 20, 0]
+    keyed = texts(Sampler(model, [7, 50]).generate(PROMPTS, keys=keys, **how))
+    for i, key in enumerate(keys):
+        alone = Sampler(model, [7, 50]).generate([PROMPTS[i]], keys=[key], **how)
+        assert [rollout.reply for rollout in alone] == [keyed[i, sample] for sample in range(3)]
+
+
+def test_other_seed_step_or_key_gives_other_replies(model):
+    how = dict(group_size=2, temperature=1.0, max_new_tokens=16)
+    sampler = Sampler(model, [])
+    base = texts(sampler.generate(PROMPTS[:1], seed=1, step=1, keys=[1], **how))
+    for seed, step, key in [(2, 1, 1), (1, 2, 1), (1, 1, 2)]:
+        assert texts(sampler.generate(PROMPTS[:1], seed=seed, step=step, keys=[key], **how)) != base
+    assert base[0, 0] != base[0, 1]
+
+
+def test_logprobs_equal_a_plain_forward_pass(model):
+    for temperature in (0.7, 1.3):
+        for rollout in Sampler(model, [7]).generate(PROMPTS, 2, temperature, 30, seed=3):
+            logits = sequence_logits(model, rollout.prompt + rollout.reply)[len(rollout.prompt) - 1 : -1]
+            logprobs = torch.log_softmax(logits / temperature, -1)
+            want = logprobs[range(len(rollout.reply)), rollout.reply]
+            torch.testing.assert_close(torch.tensor(rollout.logprobs), want, atol=1e-4, rtol=0)
+
+
+def test_caps_stop_tokens_and_the_count_of_finished_rows(model):
+    finished = []
+    caps = [1, 5, 9, 40]
+    rollouts = Sampler(model, [7]).generate(PROMPTS, 2, 1.0, caps, seed=1, on_finished=finished.append)
+    for rollout in rollouts:
+        assert 1 <= len(rollout.reply) <= caps[rollout.group]
+        assert 7 not in rollout.reply[:-1]
+        assert rollout.finished == (rollout.reply[-1] == 7)
+        assert rollout.finished or len(rollout.reply) == caps[rollout.group]
+    assert sum(finished) == len(rollouts)
+    assert [(r.group, r.sample) for r in rollouts] == [(g, s) for g in range(4) for s in range(2)]
+
+
+def test_uniform_numbers_are_uniform_and_unrelated():
+    n = 200_000
+    keys, zero = torch.arange(n), torch.zeros(n, dtype=torch.int64)
+    streams = [
+        uniforms(0, 0, keys, zero, zero),
+        uniforms(0, 0, zero, keys, zero),
+        uniforms(0, 0, zero, zero, keys),
+        uniforms(1, 0, keys, zero, zero),
+        uniforms(0, 1, keys, zero, zero),
+    ]
+    for u in streams:
+        assert u.min() > 0 and u.max() < 1
+        counts = torch.histc(u, 100, 0, 1)
+        assert ((counts - n / 100) ** 2 / (n / 100)).sum() < 160  # chi², 99 degrees: p < 1e-4 above
+        assert abs(torch.corrcoef(torch.stack((u[1:], u[:-1])))[0, 1]) < 4 / math.sqrt(n)
+    assert torch.corrcoef(torch.stack(streams)).fill_diagonal_(0).abs().max() < 5 / math.sqrt(n)
+    assert uniforms(0, 0, keys[:3], zero[:3], zero[:3]).tolist() == streams[0][:3].tolist()
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -torch.inf]])
+    u = (torch.arange(100_000) + 0.5) / 100_000
+    token, logprob = choose(logits.expand(len(u), -1), u, 0.7, 0, 1.0)
+    probs = torch.softmax(logits[0] / 0.7, -1)
+    torch.testing.assert_close(torch.bincount(token, minlength=5) / len(u), probs, atol=2e-5, rtol=0)
+    torch.testing.assert_close(logprob, probs.log()[token])
+
+
+def test_the_ends_of_the_unit_interval_never_draw_the_impossible():
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(2, -1)
+    token, _ = choose(logits, torch.tensor([2.0**-24, 1 - 2.0**-24]), 1.0, 0, 1.0)
+    assert token.tolist() == [1, 2]
+
+
+def test_top_k_and_top_p():
+    logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3]]))
+    assert torch.isfinite(restrict(logits, 2, 1.0)).tolist() == [[False, True, False, True]]
+    assert torch.isfinite(restrict(logits, 0, 0.6)).tolist() == [[False, True, False, True]]
+    assert torch.isfinite(restrict(logits, 0, 0.75)).tolist() == [[False, True, True, True]]
+    assert torch.isfinite(restrict(logits, 0, 1e-9)).tolist() == [[False, True, False, False]]
+    assert torch.isfinite(restrict(logits, 9, 1.0)).all()
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"prompts": [[1], []]}, "prompt 1 is empty"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": [1, 2]}, "1 prompts, but 2"),
+        ({"keys": []}, "0 keys"),
+        ({"temperature": -1.0}, "temperature -1.0"),
+        ({"top_p": 0.0}, "top_p 0.0"),
+        ({"group_size": 0}, "group_size"),
+    ],
+)
+def test_bad_requests_are_sentences_and_leave_the_sampler_usable(model, bad, words):
+    sampler = Sampler(model, [7])
+    with pytest.raises(ValueError, match=words):
+        sampler.generate(**({"prompts": [[1]]} | bad))
+    assert sampler.generate([[1]], max_new_tokens=2)
+    assert sampler.generate([]) == []

@@ -1,0 +1,257 @@
+"""Text to token ids and back, and chat messages to text by the model's own template.
+
+`tokenizers` does the first, jinja2 the second: in a sandbox, with the filters and the white-space rules that
+transformers gives a chat template, so that the same messages become the same tokens. Sources: the model's
+tokenizer.json, tokenizer_config.json (or chat_template.jinja) and generation_config.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tooln1.errors import UserError
+from tooln1.hub import local_directory
+
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+]
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory, a tokenizer-only directory or a hub id such as org/name.
+
+    Needs tokenizer.json; the other TOKENIZER_FILES are read where they exist. A chat_template.jinja goes
+    before the template in tokenizer_config.json. Raises UserError, naming the file, where one is missing or
+    malformed.
+    """
+    directory = local_directory(os.fspath(path), TOKENIZER_FILES)
+    config = _read_json_object(directory / "tokenizer_config.json")
+    special_tokens = _special_tokens(_read_json_object(directory / "special_tokens_map.json") | config)
+    backend = _read_backend(directory / "tokenizer.json")
+    return Tokenizer(
+        backend=backend,
+        templates=_read_templates(directory, config),
+        special_tokens=special_tokens,
+        stop_ids=_read_stop_ids(directory, backend, special_tokens),
+        directory=directory,
+    )
+
+
+class Tokenizer:
+    """A tokenizer, its chat templates and its stop ids. Made by `load_tokenizer`; never changes."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        templates: dict[str, jinja2.Template],  # "default", perhaps "tool_use"; empty where there is none
+        special_tokens: dict[str, str],  # "eos_token" -> "<|im_end|>", ...; what templates may name
+        stop_ids: tuple[int, ...],  # empty where the files name none
+        directory: Path,  # for error texts
+    ):
+        self._backend = backend
+        self._templates = templates
+        self._special_tokens = special_tokens
+        self._stop_ids = stop_ids
+        self._directory = directory
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids the tokenizer knows, added tokens included; a model's own table may be longer."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a reply: `eos_token_id` of generation_config.json, else the tokenizer's eos_token.
+
+        Raises UserError where neither is given.
+        """
+        if not self._stop_ids:
+            raise UserError(
+                f'{self._directory}: nothing says which token ends a reply. Give "eos_token_id" in '
+                'generation_config.json, or "eos_token" in tokenizer_config.json.'
+            )
+        return self._stop_ids
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`; special tokens written out in it are recognised, none is added.
+
+        A lone surrogate, which no UTF-8 text can hold, counts as U+FFFD.
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except TypeError:  # how `tokenizers` refuses a str that is not valid Unicode
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of token ids. Broken UTF-8 becomes U+FFFD; ids beyond the vocabulary become nothing."""
+        return self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
+
+    def render(
+        self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False
+    ) -> str:
+        """Chat messages as the one text the model was trained on.
+
+        messages: [{"role", "content", ...}, ...] as the model's template expects them.
+        tools:    handed to the template, for models that describe tools by themselves; Tool-N1's own prompt
+                  has its tools in the system message and leaves this None.
+        add_generation_prompt: end with the opening of an assistant turn, for the model to go on from.
+        Raises UserError where there is no template, or with the template's own words where it refuses.
+        """
+        # The order in which transformers chooses among named templates.
+        wanted = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
+        if wanted not in self._templates:
+            raise UserError(
+                f"{self._directory}: no chat template. Give one as chat_template.jinja, or under "
+                '"chat_template" in tokenizer_config.json (of several, the one named "default" is used).'
+            )
+        context = {"messages": messages, "tools": tools, "documents": None} | self._special_tokens
+        try:
+            return self._templates[wanted].render(context, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # a template is a program of the model's maker: it may fail in any way
+            raise UserError(
+                f"{self._directory}: the chat template does not accept these messages: {_words(error)}"
+            ) from error
+
+
+# ---- files ----
+
+
+def _read_json_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where the file does not exist."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read as JSON: {_words(error)}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: holds {type(value).__name__}, not a JSON object")
+    return value
+
+
+def _read_backend(file: Path) -> tokenizers.Tokenizer:
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; a tokenizer is read from tokenizer.json (the fast format)")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # `tokenizers` raises plain Exception
+        raise UserError(f"{file}: not a tokenizer that can be read: {_words(error)}") from error
+    # Settings of whoever saved the file would cut or pad every text.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """The named special tokens ("bos_token", ...) that are set, given as text or as {"content": text}."""
+    named = {}
+    for key, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            named[key] = text
+    return named
+
+
+def _read_stop_ids(
+    directory: Path, backend: tokenizers.Tokenizer, special_tokens: dict[str, str]
+) -> tuple[int, ...]:
+    file = directory / "generation_config.json"
+    given = _read_json_object(file).get("eos_token_id")
+    if given is not None:
+        ids = given if isinstance(given, list) else [given]
+        if not ids or any(type(token) is not int or token < 0 for token in ids):
+            raise UserError(f"{file}: eos_token_id is {given!r}; it must be a token id or a list of them")
+        return tuple(ids)
+    eos = backend.token_to_id(special_tokens.get("eos_token", ""))
+    return () if eos is None else (eos,)
+
+
+# ---- templates ----
+
+
+def _read_templates(directory: Path, config: dict[str, Any]) -> dict[str, jinja2.Template]:
+    """The chat templates by name; a single one is "default". Nothing in them can reach Python or a file."""
+    file = directory / "chat_template.jinja"
+    if file.exists():
+        try:
+            sources = {"default": file.read_text(encoding="utf-8")}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: cannot be read: {_words(error)}") from error
+    else:
+        file = directory / "tokenizer_config.json"
+        given = config.get("chat_template") or []
+        try:
+            listed = [{"name": "default", "template": given}] if isinstance(given, str) else given
+            sources = {entry["name"]: entry["template"] for entry in listed}
+        except (TypeError, KeyError) as error:
+            raise UserError(
+                f'{file}: chat_template must be a text, or a list of {{"name", "template"}} objects'
+            ) from error
+    environment = _environment()
+    templates = {}
+    for name, source in sources.items():
+        try:
+            templates[name] = environment.from_string(source)
+        except Exception as error:  # not text, a syntax error, nesting beyond Python's limits
+            raise UserError(f"{file}: the chat template {name!r} is not valid: {_words(error)}") from error
+    return templates
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %} marks a model's own words; here its body is just rendered."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """What transformers gives a chat template to work with."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """jinja2's own `tojson` would escape <, > and & for HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _words(error: Exception) -> str:
+    """An error's text, or its name where it has none."""
+    return str(error) or type(error).__name__
