@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -93,7 +93,7 @@ def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
             update(run, policy_loss(config), batches, total, step, metrics)
     with metrics.timer("sync"):
         copy_weights(run.policy, run.sampler.model)
-    log_rollouts(metrics, rollouts, replies, answers, rewards, groups, minibatches, config)
+    log_rollouts(run, metrics, rollouts, replies, answers, rewards, minibatches)
     return [
         {"id": examples[r.group].id, "reward": reward, "reply": reply, "answer": answer}
         for r, reward, reply, answer in zip(rollouts, rewards.tolist(), replies, answers, strict=True)
@@ -141,12 +141,11 @@ def prompt_ids(tokenizer: Tokenizer, example: Example, think: bool) -> list[int]
 
 def minibatch_rows(rollouts: Sequence[Rollout], prompts: int) -> list[list[int]]:
     """Which rollouts each mini-batch holds: whole groups, `prompts` of them, in order."""
-    count = max(rollout.group for rollout in rollouts) // prompts + 1 if rollouts else 0
-    rows: list[list[int]] = [[] for _ in range(count)]
-    first = {group: place for place, group in enumerate(dict.fromkeys(rollout.group for rollout in rollouts))}
+    groups: dict[int, list[int]] = {}
     for row, rollout in enumerate(rollouts):
-        rows[first[rollout.group] // prompts].append(row)
-    return [mini for mini in rows if mini]
+        groups.setdefault(rollout.group, []).append(row)
+    rows = list(groups.values())
+    return [sum(rows[start : start + prompts], []) for start in range(0, len(rows), prompts)]
 
 
 def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantages: torch.Tensor) -> list[PackedBatch]:
@@ -163,25 +162,27 @@ def policy_loss(config: Config) -> PolicyLoss:
     )  # fmt: skip
 
 
-def log_rollouts(metrics, rollouts, replies, answers, rewards, groups, minibatches, config) -> None:
+def log_rollouts(run: Run, metrics: Metrics, rollouts, replies, answers, rewards, minibatches) -> None:
     """What the replies of a step say; every rank holds all of them and adds the same."""
-    faults = [fault_of(reply, answer, config.think) for reply, answer in zip(replies, answers, strict=True)]
+    faults = [fault_of(*pair, run.config.think) for pair in zip(replies, answers, strict=True)]
     lengths = [len(rollout.reply) for rollout in rollouts]
-    count = len(rollouts)
-    metrics.add_mean("reward", rewards.sum(), count)
-    metrics.add_mean("accuracy", faults.count("none"), count)
-    metrics.add_mean("format_ok", sum(fault not in FORMAT_FAULTS for fault in faults), count)
-    metrics.add_mean("truncated_fraction", sum(not rollout.finished for rollout in rollouts), count)
+    groups = torch.tensor([rollout.group for rollout in rollouts])
+    for name, total in (
+        ("reward", rewards.sum()),
+        ("accuracy", faults.count("none")),
+        ("format_ok", sum(fault not in FORMAT_FAULTS for fault in faults)),
+        ("truncated_fraction", sum(not rollout.finished for rollout in rollouts)),
+        ("reply_tokens_mean", sum(lengths)),
+    ):
+        metrics.add_mean(name, total, len(rollouts))
     metrics.add_mean("zero_variance_fraction", zero_variance_groups(rewards, groups))
-    metrics.add_mean("reply_tokens_mean", sum(lengths), count)
     metrics.add_min("reply_tokens_min", min(lengths))
     metrics.add_max("reply_tokens_max", max(lengths))
-    metrics.add_tokens("rollout", sum(lengths) / rewards.new_tensor(1.0))
-    for _, batches in minibatches:
-        for batch in batches:
-            sampled = torch.tensor([logprob for row in batch.rows for logprob in rollouts[row].logprobs])
-            gap = (batch.old_logprobs.cpu() - sampled).abs()
-            metrics.add_mean("sampler_logprob_gap", gap.sum(), len(gap))
+    metrics.add_tokens("rollout", sum(lengths) / run.world.size)
+    for batch in (batch for _, batches in minibatches for batch in batches):
+        sampled = torch.tensor([logprob for row in batch.rows for logprob in rollouts[row].logprobs])
+        gap = (batch.old_logprobs.cpu() - sampled).abs()
+        metrics.add_mean("sampler_logprob_gap", gap.sum(), len(gap))
 
 
 def evaluate(run: Run) -> float:
@@ -271,7 +272,7 @@ def train(config: Config, world: World) -> None:
     run_dir = Path(config.run_dir)
     if world.main:
         with atomic_write(run_dir / "config.toml") as file:
-            file.write(to_toml(config))
+            file.write(to_toml(replace(config, resume="")))
     log = RunLog(run_dir, run.steps, completed=done or None, tensorboard=config.tensorboard, write=world.main)
     if config.eval_before_training and not done and run.held_out:
         log.step(0, {"heldout_accuracy": evaluate(run)})

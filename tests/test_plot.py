@@ -54,7 +54,8 @@ def test_series_skip_nulls_and_rows_without_the_metric(runs):
 
 
 def test_series_skip_what_is_no_finite_number(tmp_path):
-    rows = [{"step": step, "kl": kl} for step, kl in enumerate([0.5, float("nan"), float("inf"), True, "1", 0.25])]
+    values = [0.5, float("nan"), float("inf"), True, "1", 0.25]
+    rows = [{"step": step, "kl": kl} for step, kl in enumerate(values)]
     run = read_runs([str(write_run(tmp_path / "odd", [*rows, {"kl": 9.0}]))])[0]
     assert run.series("kl") == ([0, 5], [0.5, 0.25])
 
@@ -109,8 +110,9 @@ def test_text_plot_has_a_line_a_run_on_one_scale(runs):
     assert lines[1].split()[0] == "demo" and lines[1].endswith("0.51 -> 0.8  (steps 1-30)")
     assert lines[1].split()[1][0] == "▁" and lines[1].split()[1][-1] == "█"
     assert set(lines[2].split()[1]) == {"▁"}  # the control stays at the bottom of the common scale
-    high = text_plot([replace(run, rows=[{"step": 1, "kl": kl}]) for run, kl in zip(read_runs(runs), (1, 3), strict=True)])
-    assert [line.split()[1] for line in high.splitlines()[1:]] == ["▁", "█"]
+    low, high = read_runs(runs)
+    low, high = replace(low, rows=[{"step": 1, "kl": 1}]), replace(high, rows=[{"step": 1, "kl": 3}])
+    assert [line.split()[1] for line in text_plot([low, high]).splitlines()[1:]] == ["▁", "█"]
     assert sum(line.startswith("  ") for line in lines) == 12  # six panels, two runs
 
 

@@ -48,9 +48,13 @@ class PackedAttention:
     """
 
     def __init__(self, segments: tuple[Segment, ...], device: torch.device | str):
-        self.segments = segments
-        self.sizes = [size for segment in segments for size in (segment.prompt, sum(segment.replies))]
-        self.masks = [_reply_mask(segment, device) for segment in segments]
+        # A group of one reply is one causal sequence: all of it counts as the prompt.
+        self.segments = tuple(
+            segment if len(segment.replies) > 1 else Segment(segment.start, segment.prompt + sum(segment.replies), ())
+            for segment in segments
+        )
+        self.sizes = [size for segment in self.segments for size in (segment.prompt, sum(segment.replies))]
+        self.masks = [_reply_mask(segment, device) for segment in self.segments]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # One split, not a slice per group: each slice's gradient would be a zero-filled copy of the whole stream.

@@ -366,9 +366,7 @@ def validate(config: Config) -> None:
     if 0 < config.dual_clip <= 1:
         raise UserError(f"dual_clip must be 0 (off) or above 1, not {config.dual_clip}.")
     if config.mode == "rl" and config.group_size < 2:
-        raise UserError(
-            "group_size is 1, but GRPO measures a reply against others to the same prompt; take 2 or more."
-        )
+        raise UserError("group_size is 1, but GRPO measures a reply against others to the same prompt; take 2 or more.")
     if config.mode == "rl" and not config.think and config.reward != "binary_no_think":
         raise UserError(
             f"reward {config.reward} asks for a <think> block, which think = false does not prompt for; "

@@ -68,6 +68,7 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
         temporary.chmod(0o755)
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
         if path.exists():

@@ -135,9 +135,7 @@ def figure(runs: list[Run]) -> Any:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError:
-        raise UserError(
-            "matplotlib is not installed; pip install -r requirements-extra.txt, or pass --text."
-        ) from None
+        raise UserError("matplotlib is not installed; pip install -r requirements-extra.txt, or pass --text.") from None
     drawing = Figure(figsize=(10.5, 5.6), layout="constrained")
     axes = drawing.subplots(2, 3)
     for panel, axis in zip(PANELS, axes.flat, strict=True):

@@ -1,0 +1,189 @@
+"""The loop end to end on a tiny model: what it writes, that it learns, resumes and agrees with itself."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from test_distributed import ROOT, torchrun
+
+import train
+from tooln1.config import Config, load_config, to_toml
+from tooln1.distributed import launch
+from tooln1.metrics import read_jsonl
+from tooln1.model import load_model
+from tooln1.sft import demonstrations, read_pairs
+from tooln1.tokenizer import load_tokenizer
+
+TIMES = ("seconds/", "tokens_per_second/")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model and data."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.write_model(folder)
+    tiny.write_data(folder)
+    return folder
+
+
+def settings(place: Path, run: str, **changes) -> dict:
+    data = str(place / "data.jsonl")
+    return dict(
+        model=str(place / "model"), train_data=data, eval_data=data, run_dir=str(place / run), steps=3,
+        prompts_per_step=4, prompts_per_minibatch=2, group_size=3, max_reply_tokens=12, tokens_per_microbatch=5000,
+        learning_rate=1e-3, temperature=1.0, activation_checkpointing=False, eval_every=2, save_every=2, log_rollouts=99,
+    ) | changes  # fmt: skip
+
+
+def run(place: Path, name: str, **changes) -> Path:
+    """A run in this process; its directory."""
+    with launch("cpu") as world:
+        train.train(Config(**settings(place, name, **changes)), world)
+    return place / name
+
+
+def measured(run_dir: Path) -> list[dict]:
+    """The logged metrics, but for the times."""
+    rows = read_jsonl(run_dir / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows]
+
+
+def weights(run_dir: Path) -> list[torch.Tensor]:
+    return list(load_model(run_dir / "hf").parameters())
+
+
+def replies(run_dir: Path, step: int) -> set[tuple]:
+    rows = read_jsonl(run_dir / "rollouts.jsonl")
+    return {(row["id"], row["reply"], row["reward"]) for row in rows if row["step"] == step}
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    return run(place, "finished", eval_before_training=True)
+
+
+def test_the_run_directory_is_complete(finished, place):
+    assert {path.name for path in finished.iterdir()} == {
+        "config.toml", "metrics.jsonl", "rollouts.jsonl", "checkpoints", "hf",
+    }  # fmt: skip
+    config = load_config(["--config", str(finished / "config.toml")], train.DEFAULT)
+    assert to_toml(config) == (finished / "config.toml").read_text()
+    assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["step-000002", "step-000003"]
+    rows = measured(finished)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows if "heldout_accuracy" in row] == [0, 2, 3]
+    wanted = {
+        "reward", "accuracy", "format_ok", "kl", "entropy", "clip_fraction", "policy_loss", "loss",
+        "reply_tokens_mean", "reply_tokens_min", "reply_tokens_max", "truncated_fraction", "zero_variance_fraction",
+        "sampler_logprob_gap", "grad_norm", "learning_rate", "skipped_steps",
+    }  # fmt: skip
+    assert wanted <= rows[1].keys()
+    times = read_jsonl(finished / "metrics.jsonl")[1]
+    for phase in ("rollout", "reward", "logprobs", "update", "sync", "step"):
+        assert times[f"seconds/{phase}"] >= 0
+    assert times["tokens_per_second/rollout"] > 0 and times["tokens_per_second/update"] > 0
+    # untrained policies start where the reference stands; sampler and trainer agree on log-probs
+    assert rows[1]["sampler_logprob_gap"] < 1e-4
+    assert rows[2]["kl"] > 0
+    assert not any(path.name.startswith(".") for path in finished.rglob("*"))
+    assert load_tokenizer(finished / "hf").stop_ids == load_tokenizer(place / "model").stop_ids
+
+
+def test_a_resumed_run_ends_where_the_whole_one_does(finished, place):
+    run(place, "resumed", steps=2, eval_before_training=True)
+    run(place, "resumed", steps=3, eval_before_training=True, resume="auto")
+    assert measured(place / "resumed") == measured(finished)
+    for ours, theirs in zip(weights(place / "resumed"), weights(finished), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_run_directory_is_not_written_over(finished, place):
+    with pytest.raises(train.UserError, match="already holds a run: go on with --resume"):
+        run(place, "finished")
+
+
+def test_two_processes_sample_the_same_replies(finished, place):
+    """Step 1 token for token, then the same metrics up to rounding."""
+    preset = place / "two.toml"
+    preset.write_text(to_toml(Config(**settings(place, "two", eval_before_training=True))))
+    result = torchrun(2, "train.py", "--config", str(preset))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert replies(place / "two", 1) == replies(finished, 1)
+    for ours, theirs in zip(measured(place / "two")[:3], measured(finished)[:3], strict=True):
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+def test_it_learns_what_is_rewarded(place, monkeypatch):
+    """Replies that begin with one of the first letters pay: their share goes up, and down where they cost."""
+
+    def first_letters(text, answer):
+        return float(text[:1].lower() in "abcdefghijklm")
+
+    how = dict(steps=12, group_size=8, prompts_per_minibatch=4, max_reply_tokens=2, learning_rate=1e-2, eval_every=0)
+    for sign, name in ((1, "up"), (-1, "down")):
+        monkeypatch.setitem(train.REWARDS, "binary", lambda text, answer, sign=sign: sign * first_letters(text, answer))
+        rewards = [sign * row["reward"] for row in measured(run(place, name, **how))]
+        change = sum(rewards[-3:]) / 3 - rewards[0]
+        assert sign * change > 0.1, rewards
+
+
+def test_shuffled_rewards_are_the_same_rewards_elsewhere(place, monkeypatch):
+    monkeypatch.setitem(train.REWARDS, "binary", lambda text, answer: float(len(text) % 7))
+    how = dict(steps=1, eval_every=0, save_every=0)
+    plain, shuffled = (
+        read_jsonl(run(place, f"shuffle-{on}", shuffle_rewards=on, **how) / "rollouts.jsonl") for on in (False, True)
+    )
+    assert sorted(row["reward"] for row in plain) == sorted(row["reward"] for row in shuffled)
+    assert {(row["reply"], row["reward"]) for row in plain} != {(row["reply"], row["reward"]) for row in shuffled}
+
+
+@pytest.mark.parametrize("on_prompt", [False, True])
+def test_supervised_training_lowers_the_loss(place, on_prompt):
+    folder = run(place, f"sft-{on_prompt}", mode="sft", sft_on_prompt=on_prompt, steps=8, prompts_per_minibatch=4,
+                 learning_rate=3e-3, eval_every=8)  # fmt: skip
+    rows = measured(folder)
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert rows[0]["loss"] == pytest.approx(rows[0]["cross_entropy"], rel=1e-5)
+
+
+def test_demonstrations_end_with_the_stop_token_and_cover_what_is_asked(place):
+    tokenizer = load_tokenizer(place / "model")
+    pairs = read_pairs(place / "data.jsonl")
+    assert pairs[3][1] == '<tool_call>[{"name": "add", "arguments": {"a": 3, "b": 111}}]</tool_call>'
+    (on_reply,) = demonstrations(pairs[3:4], tokenizer, True, False)
+    (on_all,) = demonstrations(pairs[3:4], tokenizer, True, True)
+    assert tokenizer.decode(on_reply.reply) == pairs[3][1] + "<|im_end|>"
+    assert len(on_all.prompt) == 1
+    assert on_all.prompt + on_all.reply == on_reply.prompt + on_reply.reply
+
+
+def test_written_replies_are_imitated(tmp_path):
+    row = vars(tiny.examples(1)[0])
+    (tmp_path / "sft.jsonl").write_text(json.dumps({**row, "reply": "<think>so</think>"}) + "\n")
+    assert read_pairs(tmp_path / "sft.jsonl")[0][1] == "<think>so</think>"
+    (tmp_path / "bad.jsonl").write_text(json.dumps({**row, "reply": 5}) + "\n")
+    with pytest.raises(train.UserError, match="bad.jsonl, line 1"):
+        read_pairs(tmp_path / "bad.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--learnin-rate", "1"], "Did you mean 'learning_rate'"),
+        (["--model", "nowhere/at all"], "no such directory"),
+    ],
+)
+def test_mistakes_are_sentences_with_exit_code_2(place, arguments, words):
+    preset = place / "mistake.toml"
+    preset.write_text(to_toml(Config(**settings(place, "mistake"))))
+    command = [sys.executable, "train.py", "--config", str(preset), *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 2
+    assert words in result.stderr and "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
