@@ -19,7 +19,8 @@ def random_rollouts(seed=0, groups=5, size=3, vocab=200, longest=12):
     generator = torch.Generator().manual_seed(seed)
 
     def tokens():
-        return torch.randint(0, vocab, (int(torch.randint(1, longest, (1,), generator=generator)),), generator=generator)
+        length = int(torch.randint(1, longest, (1,), generator=generator))
+        return torch.randint(0, vocab, (length,), generator=generator)
 
     prompts = [tokens().tolist() for _ in range(groups)]
     return [rollout(g, s, prompts[g], tokens().tolist()) for g in range(groups) for s in range(size)]

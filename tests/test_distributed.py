@@ -19,9 +19,9 @@ MODEL = reference("models/dev/qwen1p5b_12x2_tied_bf16_sharded")
 
 def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess:
     """Run a script of this repository under torchrun, one thread a process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *arguments]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*launcher, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def recorded_steps(folder: Path, processes: int, budget: int, steps: int = 5, *extra: str) -> dict:

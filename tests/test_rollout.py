@@ -29,7 +29,8 @@ def test_greedy_tokens_and_logprobs_equal_transformers(name):
     folder = reference(f"models/dev/{name}")
     want = load_file(folder / "expected.safetensors")
     stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
-    prompts = [ids[keep.bool()].tolist() for ids, keep in zip(want["gen.prompt_ids"], want["gen.prompt_mask"], strict=True)]
+    padded = zip(want["gen.prompt_ids"], want["gen.prompt_mask"].bool(), strict=True)
+    prompts = [ids[keep].tolist() for ids, keep in padded]
     rollouts = Sampler(load_model(folder), stops).generate(prompts, temperature=0.0, max_new_tokens=64)
     for i, rollout in enumerate(rollouts):
         length = int(want["gen.lengths"][i])

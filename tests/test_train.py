@@ -36,7 +36,8 @@ def settings(place: Path, run: str, **changes) -> dict:
     return dict(
         model=str(place / "model"), train_data=data, eval_data=data, run_dir=str(place / run), steps=3,
         prompts_per_step=4, prompts_per_minibatch=2, group_size=3, max_reply_tokens=12, tokens_per_microbatch=5000,
-        learning_rate=1e-3, temperature=1.0, activation_checkpointing=False, eval_every=2, save_every=2, log_rollouts=99,
+        learning_rate=1e-3, temperature=1.0, activation_checkpointing=False, eval_every=2, save_every=2,
+        log_rollouts=99,
     ) | changes  # fmt: skip
 
 
@@ -183,7 +184,8 @@ def test_mistakes_are_sentences_with_exit_code_2(place, arguments, words):
     preset = place / "mistake.toml"
     preset.write_text(to_toml(Config(**settings(place, "mistake"))))
     command = [sys.executable, "train.py", "--config", str(preset), *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.returncode == 2
     assert words in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

@@ -59,7 +59,7 @@ def test_three_steps_of_the_released_actor():
         rewards = tensors[f"iter{it}.token_level_rewards"].sum(-1)
         advantages = group_advantages(rewards, tensors[f"iter{it}.uid"])
         torch.testing.assert_close(advantages, tensors[f"iter{it}.advantages"][:, 0], atol=1e-4, rtol=1e-4)
-        minibatches, entropy, tokens = [], [], []
+        minibatches, entropy = [], []
         for number, partition in enumerate(did["micro_partitions_per_minibatch"]):
             rows = [[number * mini + i for i in part] for part in partition]
             filled, _ = with_logprobs(

@@ -278,11 +278,11 @@ class _Draw:
 
 
 def _check(prompts, group_size, temperature, caps, keys, top_p, top_k) -> None:
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError(f"prompt {[len(prompt) for prompt in prompts].index(0)} is empty; there is nothing to continue")
+    if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
+        raise ValueError(f"prompt {empty[0]} is empty; there is nothing to continue")
     if len(caps) != len(prompts) or len(keys) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts, but {len(caps)} max_new_tokens and {len(keys)} keys")
     if min(caps, default=1) < 1 or group_size < 1:
         raise ValueError(f"max_new_tokens ({min(caps)}) and group_size ({group_size}) must be at least 1")
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(f"out of range: temperature {temperature} (>= 0), top_p {top_p} (0 .. 1], top_k {top_k} (>= 0)")
+        raise ValueError(f"out of range: temperature {temperature} >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 0")

@@ -48,9 +48,9 @@ def _tokens(messages: list[dict], reply: str, tokenizer: Tokenizer) -> tuple[lis
     before = tokenizer.render(messages, add_generation_prompt=True)
     after = tokenizer.render([*messages, {"role": "assistant", "content": reply}])
     if not after.startswith(before):
-        raise UserError("the chat template renders a finished reply differently from its prompt; it cannot be imitated.")
+        raise UserError("the chat template does not begin a finished reply with its prompt; it cannot be imitated.")
     target = tokenizer.encode(after[len(before) :])
     stops = [i for i, token in enumerate(target) if token in tokenizer.stop_ids]
     if not stops:
-        raise UserError("the chat template closes a reply with none of the model's stop ids; see generation_config.json.")
+        raise UserError("the chat template ends a reply with none of the stop ids in generation_config.json.")
     return tokenizer.encode(before), target[: stops[-1] + 1]

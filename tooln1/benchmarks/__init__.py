@@ -1,0 +1,81 @@
+"""What eval.py asks of a benchmark, and the benchmarks there are.
+
+A benchmark is a module of this package with three functions (`Benchmark`):
+
+    load(path)                          its cases
+    score(case, completion, think)      whether one reply is right, and if not, why
+    totals(by_category)                 the figures under the categories, the main one last
+
+To add one: write the module and put its name into NAMES.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tooln1.data import Example
+from tooln1.errors import UserError
+
+NAMES = ("examples",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question of a benchmark. A module whose rules need more may subclass it."""
+
+    id: str  # unique in its benchmark
+    category: str  # the row of the table it counts in
+    example: Example  # what the model is asked; prompt.build_messages renders it
+    gold: Any  # JSON: the right answer as the benchmark writes it, shown beside a failure
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a reply is worth."""
+
+    ok: bool
+    why: str  # a short, countable name of the first fault, such as "wrong_arguments"; "" when ok
+
+
+@dataclass(frozen=True)
+class Tally:
+    """So many right replies of so many."""
+
+    right: int
+    count: int  # at least 1
+
+    @property
+    def accuracy(self) -> float:
+        """The share that is right, in [0, 1]."""
+        return self.right / self.count
+
+
+class Benchmark(Protocol):
+    """The functions of a benchmark module."""
+
+    def load(self, path: str | os.PathLike) -> list[Case]:
+        """The cases in a file or folder, in a fixed order. Raises UserError for what it cannot read."""
+
+    def score(self, case: Case, completion: str, think: bool = True) -> Verdict:
+        """The verdict on a reply's text, special tokens included. Total: any text gives one.
+
+        think: reasoning was asked for; a benchmark whose own rules do not look for it takes no notice.
+        """
+
+    def totals(self, by_category: dict[str, Tally]) -> dict[str, Tally | float]:
+        """Name -> figure, in the order of printing, the main figure last.
+
+        A share of cases is a Tally, a mean of means a number. A category without cases is absent from
+        `by_category`, and what cannot be computed without it from the result.
+        """
+
+
+def benchmark(name: str) -> Benchmark:
+    """The module of the benchmark `name`. Raises UserError for a name that is not in NAMES."""
+    if name not in NAMES:
+        known = ", ".join(NAMES)
+        raise UserError(f"there is no benchmark {name!r}; --bench takes NAME=PATH with NAME one of {known}.")
+    return importlib.import_module(f"tooln1.benchmarks.{name}")

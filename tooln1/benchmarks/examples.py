@@ -1,0 +1,29 @@
+"""The project's own Example JSONL as a benchmark: right is what the binary reward pays for (paper, Eq. 5).
+
+The category is the example's source. `why` is the fault that `tooln1.rewards.Fault` names.
+"""
+
+from __future__ import annotations
+
+import os
+
+from tooln1.benchmarks import Case, Tally, Verdict
+from tooln1.data import read_examples
+from tooln1.rewards import fault_of
+
+
+def load(path: str | os.PathLike) -> list[Case]:
+    """A case for each example of a JSONL file. Raises UserError as `read_examples` does."""
+    return [Case(example.id, example.source, example, example.answer) for example in read_examples(path)]
+
+
+def score(case: Case, completion: str, think: bool = True) -> Verdict:
+    """Right where the calls equal the example's answer and, with `think`, the reply has thought."""
+    fault = fault_of(completion, case.gold, think)
+    return Verdict(True, "") if fault == "none" else Verdict(False, fault)
+
+
+def totals(by_category: dict[str, Tally]) -> dict[str, Tally | float]:
+    """All examples together."""
+    tallies = by_category.values()
+    return {"overall": Tally(sum(tally.right for tally in tallies), sum(tally.count for tally in tallies))}
