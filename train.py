@@ -47,7 +47,7 @@ class Run:
     reference: Transformer | None  # the frozen initial model; None where the KL has no weight
     sampler: Sampler  # a whole copy of the policy in the sampling dtype
     optimizer: torch.optim.Optimizer
-    examples: Sequence  # of Example (rl) or of demonstrations (sft)
+    examples: Sequence  # of Example (rl) or of (Example, reply to imitate) (sft)
     held_out: list[Example]
     order: EpochOrder
     steps: int
@@ -103,8 +103,9 @@ def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
 def sft_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
     """One supervised step: cross-entropy of written replies, on the same packed batches."""
     config = run.config
-    rollouts = [run.examples[i] for i in run.order.take(step, config.prompts_per_step)]
+    pairs = [run.examples[i] for i in run.order.take(step, config.prompts_per_step)]
     with metrics.timer("update"):
+        rollouts = demonstrations(pairs, run.tokenizer, config.think, config.sft_on_prompt)
         for rows in minibatch_rows(rollouts, config.prompts_per_minibatch):
             total = sum(len(rollouts[row].reply) for row in rows)
             batches = my_batches(run, rollouts, rows, torch.zeros(len(rollouts)))
@@ -230,15 +231,15 @@ def build(config: Config, world: World) -> tuple[Run, int]:
 
 
 def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Sequence, list[Example]]:
-    """The training examples (sft: demonstrations) and the held-out ones, over-long prompts left out."""
+    """The training examples (sft: each with its reply) and the held-out ones, over-long prompts left out."""
     say = print if world.main else lambda *words: None
     held_out = read_examples(config.eval_data) if config.eval_data else []
     held_out, _ = drop_long(held_out[: config.eval_rows or None], tokenizer, config.max_prompt_tokens)
-    if config.mode == "sft":
-        examples = demonstrations(read_pairs(config.train_data), tokenizer, config.think, config.sft_on_prompt)
-        limit = config.max_prompt_tokens + config.max_reply_tokens
-        kept = [rollout for rollout in examples if len(rollout.prompt) + len(rollout.reply) <= limit]
-        dropped = len(examples) - len(kept)
+    if config.mode == "sft":  # of (example, reply); a pair too long for max_prompt_tokens is left out by its prompt
+        pairs = read_pairs(config.train_data)
+        fitting, dropped = drop_long([example for example, _ in pairs], tokenizer, config.max_prompt_tokens)
+        ids = {example.id for example in fitting}
+        kept = [pair for pair in pairs if pair[0].id in ids]
     else:
         kept, dropped = drop_long(read_examples(config.train_data), tokenizer, config.max_prompt_tokens)
     if not kept:

@@ -283,7 +283,8 @@ def drop_long(
     kept = []
     for example in tqdm(examples, desc="prompt lengths", unit="prompt", disable=None):
         prompt = tokenizer.render(build_messages(example), add_generation_prompt=True)
-        if len(tokenizer.encode(prompt)) <= max_prompt_tokens:
+        short = len(prompt.encode()) <= max_prompt_tokens  # a token is a byte at least: no need to count
+        if short or len(tokenizer.encode(prompt)) <= max_prompt_tokens:
             kept.append(example)
     return kept, len(examples) - len(kept)
 
