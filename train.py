@@ -16,16 +16,17 @@ from pathlib import Path
 
 import torch
 
-from tooln1.batch import PackedBatch, pack, plan
+from tooln1.batch import PackedBatch, minibatch_rows, pack, plan
 from tooln1.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
-from tooln1.config import Config, load_config, to_toml
+from tooln1.config import Config, differences, load_config, read_preset, to_toml
 from tooln1.data import EpochOrder, Example, drop_long, read_examples
 from tooln1.distributed import World, copy_weights, launch, sample_everywhere, shard
 from tooln1.errors import UserError, atomic_write, exit_on_user_error
-from tooln1.grpo import group_advantages, loss_total, zero_variance_groups
+from tooln1.grpo import group_advantages, loss_total
 from tooln1.metrics import Metrics, RunLog, progress
 from tooln1.model import Transformer, load_model, save_model
 from tooln1.prompt import build_messages
+from tooln1.reply_metrics import add_reply_metrics, add_sampler_gap
 from tooln1.rewards import REWARDS, fault_of
 from tooln1.rollout import Rollout, Sampler
 from tooln1.sft import demonstrations, read_pairs
@@ -33,7 +34,6 @@ from tooln1.tokenizer import Tokenizer, load_tokenizer
 from tooln1.update import PolicyLoss, SupervisedLoss, optimizer_step, scheduled_rate, with_logprobs
 
 DEFAULT = Path(__file__).parent / "configs" / "demo.toml"
-FORMAT_FAULTS = ("no_call_block", "bad_json", "bad_format", "no_think")
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Run:
     reference: Transformer | None  # the frozen initial model; None where the KL has no weight
     sampler: Sampler  # a whole copy of the policy in the sampling dtype
     optimizer: torch.optim.Optimizer
+    loss: PolicyLoss | SupervisedLoss
     examples: Sequence  # of Example (rl) or of (Example, reply to imitate) (sft)
     held_out: list[Example]
     order: EpochOrder
@@ -59,94 +60,104 @@ class Run:
 
 def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
     """One GRPO step: sample groups, score them, compare within each group, update the policy. Returns the replies."""
-    config, world = run.config, run.world
+    config = run.config
     chosen = run.order.take(step, config.prompts_per_step)
     examples = [run.examples[i] for i in chosen]
     with metrics.timer("rollout"):
-        prompts = [prompt_ids(run.tokenizer, example, config.think) for example in examples]
-        with progress(len(prompts) * config.group_size // world.size, "sampling", "replies", world.main) as bar:
-            rollouts = sample_everywhere(
-                run.sampler, world, prompts, keys=chosen, group_size=config.group_size,
-                temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
-                max_new_tokens=config.max_reply_tokens, seed=config.seed, step=step, on_finished=bar.update,
-            )  # fmt: skip
+        rollouts = sample(run, examples, keys=chosen, step=step)
     with metrics.timer("reward"):
-        replies = [run.tokenizer.decode(rollout.reply) for rollout in rollouts]
-        answers = [examples[rollout.group].answer for rollout in rollouts]
-        rewards = torch.tensor([REWARDS[config.reward](*pair) for pair in zip(replies, answers, strict=True)])
-        if config.shuffle_rewards:
-            rewards = rewards[torch.randperm(len(rewards), generator=torch.Generator().manual_seed(step))]
+        replies, rewards = score(run, rollouts, examples, step)
         groups = torch.tensor([rollout.group for rollout in rollouts])
         advantages = group_advantages(rewards, groups, config.advantage_eps, config.scale_by_std)
+    minibatches = minibatch_rows(rollouts, config.prompts_per_minibatch)
     with metrics.timer("logprobs"):
-        minibatches = []
-        for rows in minibatch_rows(rollouts, config.prompts_per_minibatch):
-            batches = my_batches(run, rollouts, rows, advantages)
-            batches, sums = with_logprobs(
-                batches, run.policy, run.reference, config.temperature, config.logprob_chunk_tokens
-            )
-            metrics.add_means(sums)
-            minibatches.append((rows, batches))
+        batches = [log_probs(run, my_batches(run, rollouts, rows, advantages), metrics) for rows in minibatches]
     with metrics.timer("update"):
-        for rows, batches in minibatches:
-            total = loss_total(config.loss_aggregation, [len(rollouts[r].reply) for r in rows], config.max_reply_tokens)
-            update(run, policy_loss(config), batches, total, step, metrics)
+        for rows, mini in zip(minibatches, batches, strict=True):
+            lengths = [len(rollouts[row].reply) for row in rows]
+            update(run, mini, loss_total(config.loss_aggregation, lengths, config.max_reply_tokens), step, metrics)
     with metrics.timer("sync"):
         copy_weights(run.policy, run.sampler.model)
-    log_rollouts(run, metrics, rollouts, replies, answers, rewards, minibatches)
+    answers = [examples[rollout.group].answer for rollout in rollouts]
+    add_reply_metrics(metrics, rollouts, replies, answers, rewards, config.think, run.world.size)
+    add_sampler_gap(metrics, rollouts, [batch for mini in batches for batch in mini])
     return [
-        {"id": examples[r.group].id, "reward": reward, "reply": reply, "answer": answer}
-        for r, reward, reply, answer in zip(rollouts, rewards.tolist(), replies, answers, strict=True)
+        {"id": examples[rollout.group].id, "reward": reward, "reply": reply, "answer": answer}
+        for rollout, reward, reply, answer in zip(rollouts, rewards.tolist(), replies, answers, strict=True)
     ]
 
 
 def sft_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
-    """One supervised step: cross-entropy of written replies, on the same packed batches."""
+    """One supervised step: cross-entropy of written replies, on the same packed batches. There are no new replies."""
     config = run.config
     pairs = [run.examples[i] for i in run.order.take(step, config.prompts_per_step)]
     with metrics.timer("update"):
         rollouts = demonstrations(pairs, run.tokenizer, config.think, config.sft_on_prompt)
         for rows in minibatch_rows(rollouts, config.prompts_per_minibatch):
             total = sum(len(rollouts[row].reply) for row in rows)
-            batches = my_batches(run, rollouts, rows, torch.zeros(len(rollouts)))
-            update(run, SupervisedLoss(config.logprob_chunk_tokens), batches, total, step, metrics)
+            update(run, my_batches(run, rollouts, rows, torch.zeros(len(rollouts))), total, step, metrics)
     return []
 
 
-def update(run: Run, loss, batches: list[PackedBatch], total: float, step: int, metrics: Metrics) -> None:
+# ------------------------------------------------------------------------------------------------ its parts
+
+
+def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> list[Rollout]:
+    """A group of replies to each example, sampled on all ranks and known to all of them afterwards."""
+    config = run.config
+    prompts = [prompt_ids(run.tokenizer, example, config.think) for example in examples]
+    with progress(len(prompts) * config.group_size, "sampling", "replies", run.world.main) as bar:
+        return sample_everywhere(
+            run.sampler, run.world, prompts, keys=keys, group_size=config.group_size, seed=config.seed, step=step,
+            temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
+            max_new_tokens=config.max_reply_tokens, on_finished=lambda count: bar.update(count * run.world.size),
+        )  # fmt: skip
+
+
+def score(run: Run, rollouts: list[Rollout], examples: list[Example], step: int) -> tuple[list[str], torch.Tensor]:
+    """The text of each reply, special tokens kept, and its reward [N]; shuffled over the batch in the control."""
+    reward = REWARDS[run.config.reward]
+    replies = [run.tokenizer.decode(rollout.reply) for rollout in rollouts]
+    rewards = [reward(reply, examples[rollout.group].answer) for reply, rollout in zip(replies, rollouts, strict=True)]
+    rewards = torch.tensor(rewards, dtype=torch.float32)
+    if run.config.shuffle_rewards:
+        generator = torch.Generator().manual_seed(1_000_003 * run.config.seed + step)
+        rewards = rewards[torch.randperm(len(rewards), generator=generator)]
+    return replies, rewards
+
+
+def log_probs(run: Run, batches: list[PackedBatch], metrics: Metrics) -> list[PackedBatch]:
+    """The batches with the log-probs of the policy before the update, and of the reference."""
+    config = run.config
+    metrics.add_tokens("logprobs", sum(len(batch.tokens) for batch in batches))
+    batches, sums = with_logprobs(batches, run.policy, run.reference, config.temperature, config.logprob_chunk_tokens)
+    metrics.add_means(sums)
+    return batches
+
+
+def update(run: Run, batches: list[PackedBatch], total: float, step: int, metrics: Metrics) -> None:
     """One optimizer step on a mini-batch; one whose gradient is not finite is skipped and counted."""
     config = run.config
     rate = scheduled_rate(step, run.steps, config.learning_rate, config.lr_schedule, config.warmup_ratio)
-    result = optimizer_step(run.policy, run.optimizer, batches, loss, total, config.max_grad_norm, rate)
+    result = optimizer_step(run.policy, run.optimizer, batches, run.loss, total, config.max_grad_norm, rate)
     run.bad_steps = 0 if result.applied else run.bad_steps + 1
     if run.bad_steps >= config.max_bad_steps:
         raise UserError(
             f"{run.bad_steps} optimizer steps in a row had a gradient that is not finite; the run stops at step "
             f"{step + 1}. Lower learning_rate ({config.learning_rate}) or look at rollouts.jsonl."
         )
-    metrics.add_mean("loss", result.loss, 1 / run.world.size)  # the ranks' parts add up
+    one_rank = 1 / run.world.size  # the ranks' losses are parts that add up; their other numbers are equal
+    metrics.add_mean("loss", result.loss, one_rank)
     metrics.add_mean("grad_norm", result.grad_norm)
     metrics.add_max("learning_rate", rate)
-    metrics.add_sum("skipped_steps", (not result.applied) / run.world.size)
+    metrics.add_sum("skipped_steps", (not result.applied) * one_rank)
     metrics.add_tokens("update", sum(len(batch.tokens) for batch in batches))
     metrics.add_means(result.sums)
-
-
-# ------------------------------------------------------------------------------------------------ its parts
 
 
 def prompt_ids(tokenizer: Tokenizer, example: Example, think: bool) -> list[int]:
     """The token ids that ask for an example's reply."""
     return tokenizer.encode(tokenizer.render(build_messages(example, think), add_generation_prompt=True))
-
-
-def minibatch_rows(rollouts: Sequence[Rollout], prompts: int) -> list[list[int]]:
-    """Which rollouts each mini-batch holds: whole groups, `prompts` of them, in order."""
-    groups: dict[int, list[int]] = {}
-    for row, rollout in enumerate(rollouts):
-        groups.setdefault(rollout.group, []).append(row)
-    rows = list(groups.values())
-    return [sum(rows[start : start + prompts], []) for start in range(0, len(rows), prompts)]
 
 
 def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantages: torch.Tensor) -> list[PackedBatch]:
@@ -155,51 +166,18 @@ def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantage
     return [pack(rollouts, share, advantages, run.world.device) for share in shares[run.world.rank]]
 
 
-def policy_loss(config: Config) -> PolicyLoss:
-    """The loss that the config describes."""
-    return PolicyLoss(
-        config.temperature, config.clip_low, config.clip_high, config.dual_clip, config.kl_coef,
-        config.entropy_coef, config.loss_aggregation, config.logprob_chunk_tokens,
-    )  # fmt: skip
-
-
-def log_rollouts(run: Run, metrics: Metrics, rollouts, replies, answers, rewards, minibatches) -> None:
-    """What the replies of a step say; every rank holds all of them and adds the same."""
-    faults = [fault_of(*pair, run.config.think) for pair in zip(replies, answers, strict=True)]
-    lengths = [len(rollout.reply) for rollout in rollouts]
-    groups = torch.tensor([rollout.group for rollout in rollouts])
-    for name, total in (
-        ("reward", rewards.sum()),
-        ("accuracy", faults.count("none")),
-        ("format_ok", sum(fault not in FORMAT_FAULTS for fault in faults)),
-        ("truncated_fraction", sum(not rollout.finished for rollout in rollouts)),
-        ("reply_tokens_mean", sum(lengths)),
-    ):
-        metrics.add_mean(name, total, len(rollouts))
-    metrics.add_mean("zero_variance_fraction", zero_variance_groups(rewards, groups))
-    metrics.add_min("reply_tokens_min", min(lengths))
-    metrics.add_max("reply_tokens_max", max(lengths))
-    metrics.add_tokens("rollout", sum(lengths) / run.world.size)
-    for batch in (batch for _, batches in minibatches for batch in batches):
-        sampled = torch.tensor([logprob for row in batch.rows for logprob in rollouts[row].logprobs])
-        gap = (batch.old_logprobs.cpu() - sampled).abs()
-        metrics.add_mean("sampler_logprob_gap", gap.sum(), len(gap))
-
-
 def evaluate(run: Run) -> float:
     """Greedy accuracy on the held-out examples: the share whose calls are right (the binary reward)."""
     config, examples = run.config, run.held_out
     prompts = [prompt_ids(run.tokenizer, example, config.think) for example in examples]
-    with progress(len(prompts) // run.world.size, "held-out", "replies", run.world.main) as bar:
+    with progress(len(prompts), "held-out", "replies", run.world.main) as bar:
         rollouts = sample_everywhere(
             run.sampler, run.world, prompts, keys=list(range(len(prompts))), group_size=1, temperature=0.0,
-            max_new_tokens=config.max_reply_tokens, on_finished=bar.update,
+            max_new_tokens=config.max_reply_tokens, on_finished=lambda count: bar.update(count * run.world.size),
         )  # fmt: skip
-    right = [
-        fault_of(run.tokenizer.decode(rollout.reply), example.answer, config.think) == "none"
-        for rollout, example in zip(rollouts, examples, strict=True)
-    ]
-    return sum(right) / len(right)
+    replies = [run.tokenizer.decode(rollout.reply) for rollout in rollouts]
+    faults = [fault_of(*pair, config.think) for pair in zip(replies, (e.answer for e in examples), strict=True)]
+    return faults.count("none") / len(faults)
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -214,19 +192,26 @@ def build(config: Config, world: World) -> tuple[Run, int]:
     policy = load_model(config.model, torch.float32, world.device)
     for block in policy.model.layers:
         block.recompute = config.activation_checkpointing
-    sampler = Sampler(load_model(config.model, low, world.device), tokenizer.stop_ids, config.rollout_rows)
+    policy = shard(policy, world, low)  # before the others come, so that only one whole model is there at a time
     reference = None
     if config.mode == "rl" and config.kl_coef:
         reference = load_model(config.reference_model or config.model, low, world.device).requires_grad_(False)
         reference = shard(reference, world)
-    policy = shard(policy, world, low)
+    sampler = Sampler(load_model(config.model, low, world.device), tokenizer.stop_ids, config.rollout_rows)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps, weight_decay=config.weight_decay, fused=world.device.type == "cuda",
     )  # fmt: skip
+    policy_loss = PolicyLoss(
+        config.temperature, config.clip_low, config.clip_high, config.dual_clip, config.kl_coef,
+        config.entropy_coef, config.loss_aggregation, config.logprob_chunk_tokens,
+    )  # fmt: skip
+    loss = policy_loss if config.mode == "rl" else SupervisedLoss(config.logprob_chunk_tokens)
     order = EpochOrder(len(examples), config.seed)
     steps = config.steps or config.epochs * order.steps_per_epoch(config.prompts_per_step)
-    run = Run(config, world, tokenizer, policy, reference, sampler, optimizer, examples, held_out, order, steps)
+    run = Run(
+        config, world, tokenizer, policy, reference, sampler, optimizer, loss, examples, held_out, order, steps
+    )
     return run, resume(run)
 
 
@@ -234,7 +219,7 @@ def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Seque
     """The training examples (sft: each with its reply) and the held-out ones, over-long prompts left out."""
     say = print if world.main else lambda *words: None
     held_out = read_examples(config.eval_data) if config.eval_data else []
-    held_out, _ = drop_long(held_out[: config.eval_rows or None], tokenizer, config.max_prompt_tokens)
+    held_out, unasked = drop_long(held_out[: config.eval_rows or None], tokenizer, config.max_prompt_tokens)
     if config.mode == "sft":  # of (example, reply); a pair too long for max_prompt_tokens is left out by its prompt
         pairs = read_pairs(config.train_data)
         fitting, dropped = drop_long([example for example, _ in pairs], tokenizer, config.max_prompt_tokens)
@@ -244,22 +229,43 @@ def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Seque
         kept, dropped = drop_long(read_examples(config.train_data), tokenizer, config.max_prompt_tokens)
     if not kept:
         raise UserError(f"{config.train_data}: no example is left (max_prompt_tokens {config.max_prompt_tokens}).")
-    say(f"{len(kept)} training examples ({dropped} over-long left out), {len(held_out)} held-out examples")
+    say(f"{len(kept)} training examples, {len(held_out)} held out; {dropped} and {unasked} over-long ones left out")
     return kept, held_out
 
 
-def resume(run: Run) -> int:
-    """Steps that the checkpoint asked for has behind it (0: none was); fills policy, optimizer and sampler from it."""
-    config = run.config
+MUST_AGREE = ("mode", "seed", "train_data", "prompts_per_step", "max_prompt_tokens")  # they fix the order of the data
+
+
+def check_run_dir(config: Config, world: World) -> None:
+    """Refuse to write over another run, or to go on with one whose data order would change; before anything loads."""
     run_dir = Path(config.run_dir)
     if not config.resume:
         if (run_dir / "metrics.jsonl").exists():
             raise UserError(f"{run_dir} already holds a run: go on with --resume, or choose another --run-dir.")
+    elif (run_dir / "config.toml").exists():
+        changed = differences(Config(**read_preset(run_dir / "config.toml")), config)
+        if names := [name for name in MUST_AGREE if name in changed]:
+            before, now = changed[names[0]]
+            raise UserError(
+                f"{run_dir}: the run to resume has {names[0]} = {before!r}, not {now!r}: examples would repeat or be "
+                "missed; set it back, or start anew in another --run-dir."
+            )
+    world.wait()  # no rank writes here before all have looked
+    if world.main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    world.wait()
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: not seen by rank {world.rank}; --run-dir must be on storage that all nodes share.")
+
+
+def resume(run: Run) -> int:
+    """Steps that the checkpoint asked for has behind it (0: none was); fills policy, optimizer and sampler from it."""
+    if not run.config.resume:
         return 0
-    newest = complete_checkpoints(run_dir / "checkpoints")[-1:]
-    if config.resume == "auto" and not newest:
+    newest = complete_checkpoints(Path(run.config.run_dir) / "checkpoints")[-1:]
+    if run.config.resume == "auto" and not newest:
         return 0
-    checkpoint = newest[0] if config.resume == "auto" else Path(config.resume)
+    checkpoint = newest[0] if run.config.resume == "auto" else Path(run.config.resume)
     done = load_checkpoint(checkpoint, run.policy, run.optimizer, run.world)
     copy_weights(run.policy, run.sampler.model)
     return done
@@ -269,6 +275,7 @@ def train(config: Config, world: World) -> None:
     """Run all steps that are left; log, evaluate, save, export."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    check_run_dir(config, world)
     run, done = build(config, world)
     run_dir = Path(config.run_dir)
     if world.main:

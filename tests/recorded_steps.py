@@ -1,22 +1,24 @@
 """Run by test_distributed.py under torchrun: optimizer steps on fixed rollouts, sharded over the ranks.
 
-    recorded_steps.py MODEL OUT.json STEPS BUDGET
+    recorded_steps.py MODEL OUT.json STEPS BUDGET [save=FOLDER | load=CHECKPOINT | bf16]
 
-Prints nothing; rank 0 writes loss and gradient norm of each step, what one sampling call gave, and the weights' sum.
+Rank 0 writes loss and gradient norm of each step, the share of ratios beyond the clip, the weights and what one
+sampling call gave. With bf16 the passes compute in it, on fp32 masters, and blocks are recomputed, as on a GPU.
 """
 
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from tooln1.batch import pack, plan
 from tooln1.checkpoint import load_checkpoint, save_checkpoint
-from tooln1.distributed import copy_weights, launch, sample_everywhere, shard
+from tooln1.distributed import copy_weights, launch, sample_everywhere, shard, whole
 from tooln1.model import load_model
 from tooln1.rollout import Rollout, Sampler
-from tooln1.update import PolicyLoss, optimizer_step
+from tooln1.update import PolicyLoss, batch_logprobs, optimizer_step
 
 
 def rollouts_of(seed: int, groups: int = 5, size: int = 3) -> list[Rollout]:
@@ -32,54 +34,56 @@ def rollouts_of(seed: int, groups: int = 5, size: int = 3) -> list[Rollout]:
             for g in range(groups) for s in range(size) for reply in [tokens(20)]]  # fmt: skip
 
 
-def noisy(batch, seed):
-    """Old and reference log-probs that give ratios on both sides of the clip, the same for a reply in any packing."""
-    old, ref = [], []
-    for row, length in zip(batch.rows, batch.lengths, strict=True):
+def noisy(batch, model, seed):
+    """Old and reference log-probs around those of `model`, the same for a reply in any packing: ratios on both sides
+    of the clip."""
+    with torch.no_grad():
+        start = batch_logprobs(model, batch, 0.7, 64)[0].split(list(batch.lengths))
+    old, ref = [torch.zeros(0)], [torch.zeros(0)]
+    for row, logprobs in zip(batch.rows, start, strict=False):
         generator = torch.Generator().manual_seed(1000 * seed + row)
-        old.append(-2 + torch.randn(length, generator=generator))
-        ref.append(-2 + torch.randn(length, generator=generator))
-    empty = [torch.zeros(0)]
-    return replace(batch, old_logprobs=torch.cat(old or empty), ref_logprobs=torch.cat(ref or empty))
+        old.append(logprobs + 0.3 * torch.randn(len(logprobs), generator=generator))
+        ref.append(logprobs + 0.3 * torch.randn(len(logprobs), generator=generator))
+    return replace(batch, old_logprobs=torch.cat(old), ref_logprobs=torch.cat(ref))
 
 
 def main() -> None:
     path, out, steps, budget = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    action, _, folder = (sys.argv[5] if len(sys.argv) > 5 else "").partition("=")
     with launch("cpu") as world:
-        policy = shard(load_model(path), world)
+        start, policy = load_model(path), load_model(path)
+        for block in policy.model.layers:
+            block.recompute = action == "bf16"
+        policy = shard(policy, world, torch.bfloat16 if action == "bf16" else None)
         target = load_model(path)
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-        record = {"loss": [], "grad_norm": []}
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
+        record = {"loss": [], "grad_norm": [], "clipped": []}
         for step in range(steps):
             rollouts = rollouts_of(step)
             advantages = torch.randn(len(rollouts), generator=torch.Generator().manual_seed(step))
             shares = plan(rollouts, list(range(len(rollouts))), budget, world.size)[world.rank]
-            batches = [noisy(pack(rollouts, share, advantages), step) for share in shares]
+            batches = [noisy(pack(rollouts, share, advantages), start, step) for share in shares]
             total = sum(len(rollout.reply) for rollout in rollouts)
             loss = PolicyLoss(kl_coef=0.1, entropy_coef=0.01)
-            result = optimizer_step(policy, optimizer, batches, loss, total, 1.0, 1e-3)
+            result = optimizer_step(policy, optimizer, batches, loss, total, 1.0, 1e-4)
             record["loss"].append(world.reduce([result.loss], "sum")[0])
             record["grad_norm"].append(result.grad_norm)
+            clipped, count = world.reduce(result.sums["clip_fraction"], "sum")
+            record["clipped"].append(clipped / count)
+        assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
         copy_weights(policy, target)
-        record["weights"] = [p.double().sum().item() for p in target.parameters()]
+        record["weights"] = [p.flatten().tolist() for p in target.parameters()]
         prompts = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15]]
         sampled = sample_everywhere(Sampler(target, [3]), world, prompts, keys=[4, 3, 2, 1, 0], group_size=2,
                                     temperature=0.7, max_new_tokens=12, seed=1)  # fmt: skip
         record["replies"] = [[r.group, r.sample, r.reply] for r in sampled]
-        if len(sys.argv) > 5:
-            action, folder = sys.argv[5].split("=")
-            from pathlib import Path
-
-            if action == "save":
-                save_checkpoint(Path(folder), steps, policy, optimizer, world, keep=2)
-            else:
-                record["resumed"] = load_checkpoint(Path(folder), policy, optimizer, world)
-                copy_weights(policy, target)
-                record["weights"] = [p.double().sum().item() for p in target.parameters()]
-                record["moments"] = [
-                    getattr(s["exp_avg_sq"], "full_tensor", lambda s=s: s["exp_avg_sq"])().double().sum().item()
-                    for s in optimizer.state.values()
-                ]
+        if action == "save":
+            save_checkpoint(Path(folder), steps, policy, optimizer, world, keep=2)
+        elif action == "load":
+            record["resumed"] = load_checkpoint(Path(folder), policy, optimizer, world)
+            copy_weights(policy, target)
+            record["weights"] = [p.flatten().tolist() for p in target.parameters()]
+            record["moments"] = [whole(s["exp_avg_sq"]).flatten().tolist() for s in optimizer.state.values()]
         if world.main:
             with open(out, "w") as file:
                 json.dump(record, file)

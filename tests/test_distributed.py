@@ -47,7 +47,11 @@ def test_more_processes_give_the_same_steps_and_the_same_tokens(folder, alone, p
     several = recorded_steps(folder, processes, budget)
     assert several["loss"] == pytest.approx(alone["loss"], rel=1e-5, abs=1e-5)
     assert several["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-5)
-    assert several["weights"] == pytest.approx(alone["weights"], rel=1e-4, abs=2e-3)
+    assert all(0.2 < share < 0.8 for share in alone["clipped"]) and several["clipped"] == alone["clipped"]
+    for ours, theirs in zip(several["weights"], alone["weights"], strict=True):
+        # Adam divides by the root of the squared gradient: where a gradient is nearly 0, its rounding shows
+        close = torch.isclose(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-5)
+        assert close.float().mean() > 0.999
     assert several["replies"] == alone["replies"]
 
 
@@ -60,7 +64,15 @@ def test_a_checkpoint_loads_at_another_world_size(folder, written_by, read_by):
     assert loaded["resumed"] == 2
     assert loaded["weights"] == saved["weights"]
     again = recorded_steps(folder, written_by, 10_000, 1, f"load={place / 'step-000002'}")
-    assert again["moments"] == pytest.approx(loaded["moments"], rel=1e-6) and sum(again["moments"]) > 0
+    assert again["moments"] == loaded["moments"] and max(map(max, again["moments"])) > 0
+
+
+def test_mixed_precision_stays_near_full_precision(folder, alone):
+    """What a GPU does, but for the GPU: bf16 passes on sharded fp32 masters, fp32 gradient sums, recomputed blocks."""
+    half = recorded_steps(folder, 2, 60, 5, "bf16")
+    assert half["loss"] == pytest.approx(alone["loss"], abs=0.05)
+    assert half["grad_norm"] == pytest.approx(alone["grad_norm"], rel=0.15)
+    assert half["grad_norm"] != pytest.approx(alone["grad_norm"], rel=1e-5)
 
 
 def test_work_is_dealt_like_cards():

@@ -53,6 +53,18 @@ def test_equal_rewards_give_exactly_zero_in_fp32():
         assert (group_advantages(torch.full((size,), reward), torch.zeros(size, dtype=torch.int64)) == 0).all()
 
 
+def test_whole_numbers_are_rewards_too():
+    rewards, groups = torch.tensor([1, 0, 1, 0]), torch.zeros(4, dtype=torch.int64)
+    torch.testing.assert_close(group_advantages(rewards, groups), group_advantages(rewards.float(), groups))
+    assert grpo.zero_variance_groups(torch.tensor([1, 1, 0]), torch.tensor([0, 0, 1])).item() == 0.5
+
+
+def test_far_from_the_reference_the_kl_has_no_gradient_rather_than_nan():
+    logprobs = torch.tensor([-100.0, -200.0, 0.0], requires_grad=True)
+    k3_kl(logprobs, torch.tensor([0.0, 0.0, -200.0])).sum().backward()
+    assert logprobs.grad.tolist() == [0, 0, 0]
+
+
 def test_a_group_of_one_keeps_its_reward():
     advantages = group_advantages(torch.tensor([2.0], dtype=torch.float64), torch.tensor([3]))
     torch.testing.assert_close(advantages, torch.tensor([2.0 / (1 + 1e-6)], dtype=torch.float64))

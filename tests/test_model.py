@@ -97,6 +97,10 @@ def test_both_config_styles_mean_the_same():
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"vocab_size": None}, "'vocab_size' is missing"),
         ({"hidden_size": "large"}, "wrong type"),
+        ({"rope_scaling": "x"}, "'rope_scaling' must be an object"),
+        ({"layer_types": 3}, "'layer_types' must be a list"),
+        ({"num_attention_heads": 0}, "must be at least 1|wrong type"),
+        ({"num_key_value_heads": -2}, "'num_key_value_heads' must be at least 1"),
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads"),
     ],
 )

@@ -102,7 +102,24 @@ def test_uniform_numbers_are_uniform_and_unrelated():
         assert ((counts - n / 100) ** 2 / (n / 100)).sum() < 160  # chi², 99 degrees: p < 1e-4 above
         assert abs(torch.corrcoef(torch.stack((u[1:], u[:-1])))[0, 1]) < 4 / math.sqrt(n)
     assert torch.corrcoef(torch.stack(streams)).fill_diagonal_(0).abs().max() < 5 / math.sqrt(n)
+    # neither arithmetic on seed and step leads from one stream to another
+    first = uniforms(0, 31, keys[:3], zero[:3], zero[:3])
+    assert not any(torch.equal(first, uniforms(1, t, keys[:3], zero[:3], zero[:3])) for t in range(64))
     assert uniforms(0, 0, keys[:3], zero[:3], zero[:3]).tolist() == streams[0][:3].tolist()
+
+
+def test_logits_that_are_not_finite_are_a_sentence():
+    model = load_model(reference("models/dev/qwen_mha_tied_fp32"))
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="logits are not finite at token 0"):
+            Sampler(model, [7]).generate([[1, 2]], temperature=temperature, max_new_tokens=2)
+
+
+def test_sampling_leaves_the_model_trainable(model):
+    Sampler(model, [7]).generate([[1]], max_new_tokens=2)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_draws_follow_the_distribution():

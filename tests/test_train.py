@@ -58,9 +58,9 @@ def weights(run_dir: Path) -> list[torch.Tensor]:
     return list(load_model(run_dir / "hf").parameters())
 
 
-def replies(run_dir: Path, step: int) -> set[tuple]:
+def replies(run_dir: Path, step: int) -> list[tuple]:
     rows = read_jsonl(run_dir / "rollouts.jsonl")
-    return {(row["id"], row["reply"], row["reward"]) for row in rows if row["step"] == step}
+    return sorted((row["id"], row["reply"], row["reward"]) for row in rows if row["step"] == step)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,13 @@ def test_a_run_directory_is_not_written_over(finished, place):
         run(place, "finished")
 
 
-def test_two_processes_sample_the_same_replies(finished, place):
-    """Step 1 token for token, then the same metrics up to rounding."""
+def test_a_resumed_run_must_see_the_data_in_the_same_order(finished, place):
+    with pytest.raises(train.UserError, match="has seed = 0, not 1"):
+        run(place, "finished", resume="auto", seed=1)
+
+
+def test_two_processes_do_as_one(finished, place):
+    """The same replies in step 1 (token ids: test_distributed), then the same metrics up to rounding."""
     preset = place / "two.toml"
     preset.write_text(to_toml(Config(**settings(place, "two", eval_before_training=True))))
     result = torchrun(2, "train.py", "--config", str(preset))

@@ -103,6 +103,15 @@ def as_rows(values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     return padded, torch.arange(padded.shape[1], device=values.device) < sizes[:, None]
 
 
+def minibatch_rows(rollouts: Sequence[Rollout], prompts: int) -> list[list[int]]:
+    """Which rollouts each mini-batch holds: whole groups, `prompts` of them, in order."""
+    groups: dict[int, list[int]] = {}
+    for row, rollout in enumerate(rollouts):
+        groups.setdefault(rollout.group, []).append(row)
+    rows = list(groups.values())
+    return [sum(rows[start : start + prompts], []) for start in range(0, len(rows), prompts)]
+
+
 def plan(rollouts: Sequence[Rollout], rows: Sequence[int], budget: int, ranks: int) -> list[list[list[int]]]:
     """Deal a mini-batch to `ranks` ranks in micro-batches of at most `budget` tokens: [rank][micro-batch] -> rows.
 

@@ -82,8 +82,9 @@ def load_checkpoint(
                 local = _local(parameter)
                 local.copy_(_rows(files, f"model/{name}", parameter, world))
                 if adam_step:
+                    where = parameter.device if optimizer.defaults.get("fused") else "cpu"  # as AdamW itself has it
                     optimizer.state[parameter] = {
-                        "step": torch.tensor(float(adam_step)),
+                        "step": torch.tensor(float(adam_step), device=where),
                         **{moment: _moment(files, f"{moment}/{name}", parameter, world) for moment in _MOMENTS},
                     }
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -74,8 +74,13 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
         if path.exists():
             retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
             os.replace(path, retired / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(retired)
+            try:
+                os.replace(temporary, path)
+            except BaseException:
+                os.replace(retired / path.name, path)
+                raise
+            finally:
+                shutil.rmtree(retired, ignore_errors=True)
         else:
             os.replace(temporary, path)
     except BaseException:

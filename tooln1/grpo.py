@@ -35,7 +35,8 @@ def group_advantages(
 ) -> Tensor:
     """Advantage of each reply within its group (Eq. 4): (r - mean) / (std + eps), std unbiased.
 
-    rewards [N] float and groups [N] int (equal numbers share a prompt, in any order) -> [N], dtype of `rewards`.
+    rewards [N] and groups [N] int (equal numbers share a prompt, in any order) -> [N], in the dtype of `rewards` or,
+    where that is an integer, fp32.
     `scale_by_std=False` leaves out the division (Dr.GRPO). A group of one keeps its reward: mean 0, std 1.
 
     >>> group_advantages(torch.tensor([1.0, 0.0, 5.0, 5.0]), torch.tensor([7, 7, 8, 8]))
@@ -43,7 +44,8 @@ def group_advantages(
     """
     if rewards.shape != groups.shape or rewards.dim() != 1:
         raise ValueError(f"rewards {tuple(rewards.shape)} and groups {tuple(groups.shape)} must both be [N]")
-    wide = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    wide = rewards.to(_wide(rewards.dtype))
+    dtype = rewards.dtype if rewards.is_floating_point() else wide.dtype
     _, index = torch.unique(groups, return_inverse=True)
     size = torch.bincount(index)[index].to(wide)  # [N] members of each reply's group
     mean = _group_sum(wide, index) / size
@@ -53,16 +55,17 @@ def group_advantages(
     alone = size == 1
     centred = torch.where(alone, wide, centred)
     if not scale_by_std:
-        return centred.to(rewards.dtype)
+        return centred.to(dtype)
     std = (_group_sum(centred.square(), index) / (size - 1).clamp(min=1)).sqrt()
-    return (centred / (torch.where(alone, torch.ones_like(std), std) + eps)).to(rewards.dtype)
+    return (centred / (torch.where(alone, torch.ones_like(std), std) + eps)).to(dtype)
 
 
 def zero_variance_groups(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Share of groups whose rewards are all equal (they carry no policy gradient), a scalar in [0, 1]."""
+    """Share of groups of two or more whose rewards are all equal (they carry no policy gradient), in [0, 1]."""
     _, index = torch.unique(groups, return_inverse=True)
-    equal = _group_max(rewards, index) == -_group_max(-rewards, index)
+    rewards = rewards.to(_wide(rewards.dtype))
     size = torch.bincount(index)[index]
+    equal = (_group_max(rewards, index) == -_group_max(-rewards, index)) & (size > 1)
     return (equal / size).sum() / (index.max() + 1)
 
 
@@ -193,6 +196,8 @@ def k3_kl(
     `max_log_ratio` clamps d first (verl main: 20).
     """
     d = ref_logprobs - logprobs
+    if max_log_ratio is None and max_kl is not None:
+        max_log_ratio = 20.0 + max_kl  # far beyond what max_kl lets through; keeps exp, and so the gradient, finite
     if max_log_ratio is not None:
         d = d.clamp(-max_log_ratio, max_log_ratio)
     k3 = d.exp() - d - 1

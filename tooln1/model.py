@@ -1,4 +1,4 @@
-"""Qwen2.5 (and LLaMA 3) by hand: configuration, decoder, strict safetensors loading, Hugging Face export.
+"""Qwen2.5 (and LLaMA 3) by hand: configuration, decoder, loading and Hugging Face export.
 
 The model knows nothing of caches, packing or sharding. It is called on a flat stream of tokens and is handed the
 attention to use: `model(tokens, positions, attend)`. Whether the stream is one prompt, forty packed sequences or one
@@ -101,11 +101,14 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
         refuse("a quantised checkpoint (quantization_config)")
     if raw.get("hidden_act", "silu") != "silu":
         refuse(f"hidden_act {raw['hidden_act']!r}")
-    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or []):
-        refuse("sliding-window attention (use_sliding_window)")
     if model_type == "llama" and (raw.get("attention_bias") or raw.get("mlp_bias")):
         refuse("a LLaMA with biases (attention_bias, mlp_bias)")
 
+    for key, kind in (("rope_parameters", dict), ("rope_scaling", dict), ("layer_types", list)):
+        if raw.get(key) is not None and not isinstance(raw[key], kind):
+            raise UserError(f"{where}: '{key}' must be {'an object' if kind is dict else 'a list'}.")
+    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or []):
+        refuse("sliding-window attention (use_sliding_window)")
     rope = raw.get("rope_parameters") or {}  # transformers 5 keeps theta and scaling together
     scaling = rope or raw.get("rope_scaling") or {}
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
@@ -132,10 +135,12 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
             initializer_range=float(raw.get("initializer_range", 0.02)),
             raw=raw,
         )
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
         raise UserError(f"{where}: a value has the wrong type or is missing ({error}).") from error
-    if min(config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers, heads) < 1:
-        raise UserError(f"{where}: sizes must be positive.")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim")  # fmt: skip
+    if wrong := [name for name in sizes if getattr(config, name) < 1]:
+        raise UserError(f"{where}: '{wrong[0]}' must be at least 1.")
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
         raise UserError(f"{where}: num_attention_heads must be a multiple of num_key_value_heads, head_dim even.")
     return config

@@ -50,9 +50,9 @@ def uniforms(seed: int, step: int, keys: Tensor, samples: Tensor, positions: Ten
     keys, samples, positions: int64 [B], the example's key, the number of the reply in its group and the number of
     the token in its reply.
     """
-    state = torch.full_like(keys, seed)
-    for part in (torch.full_like(keys, step), keys, samples, positions):
-        state = _mix(state * 31 + part - 7046029254386353131)  # the golden-ratio increment of splitmix64
+    state = torch.zeros_like(keys)
+    for part in (torch.full_like(keys, seed), torch.full_like(keys, step), keys, samples, positions):
+        state = _mix(_mix(state) + part - 7046029254386353131)  # the golden-ratio increment of splitmix64
     return (((state >> 41) & 0x7FFFFF).to(torch.float32) + 0.5) / (1 << 23)
 
 
@@ -85,7 +85,7 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
         cdf = restrict(logprobs, top_k, top_p).softmax(-1).cumsum(-1)  # [B, V]
         total = cdf[:, -1]
         below = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-        token = torch.searchsorted(cdf, below[:, None], right=True)[:, 0]
+        token = torch.searchsorted(cdf, below[:, None], right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
     return token, logprobs.gather(-1, token[:, None])[:, 0]
 
 
@@ -110,15 +110,16 @@ class KVCache:
 
     def grow(self, places: int) -> None:
         """Room for `places` more tokens in every row."""
-        pad = (0, 0, 0, 0, 0, places)
-        self.keys = [F.pad(x, pad) for x in self.keys]
-        self.values = [F.pad(x, pad) for x in self.values]
+        for layers in (self.keys, self.values):
+            for i, cached in enumerate(layers):  # one by one: two whole caches at once might not fit
+                layers[i] = F.pad(cached, (0, 0, 0, 0, 0, places))
 
     def keep(self, rows: Tensor) -> None:
-        """Drop every row but `rows` (int64 indices), and the places none of them needs."""
+        """Drop every row but `rows` (int64 indices)."""
         self.lengths = self.lengths[rows]
-        self.keys = [x[rows] for x in self.keys]
-        self.values = [x[rows] for x in self.values]
+        for layers in (self.keys, self.values):
+            for i, cached in enumerate(layers):
+                layers[i] = cached[rows]
 
     @property
     def capacity(self) -> int:
@@ -167,7 +168,7 @@ class Sampler:
     """
 
     def __init__(self, model: Transformer, stop_ids: Sequence[int], rows: int = 0):
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
         self.stop_ids = torch.tensor(list(stop_ids), device=model.head.device)
         self.rows = rows
 
@@ -219,6 +220,8 @@ class Sampler:
         for position in range(max(caps[group] for group in batch)):
             logits = F.linear(hidden, self.model.head).float()  # [B, V]
             token, logprob = draw(logits, key, sample, position)
+            if not torch.isfinite(logprob).all():
+                raise ValueError(f"the model's logits are not finite at token {position} of a reply; are its weights?")
             stopped = torch.isin(token, self.stop_ids)
             for row, t, p, s in zip(
                 alive.tolist(), token.tolist(), logprob.tolist(), stopped.tolist(), strict=True
