@@ -83,6 +83,7 @@ def main() -> None:
             record["resumed"] = load_checkpoint(Path(folder), policy, optimizer, world)
             copy_weights(policy, target)
             record["weights"] = [p.flatten().tolist() for p in target.parameters()]
+        if action in ("save", "load"):
             record["moments"] = [whole(s["exp_avg_sq"]).flatten().tolist() for s in optimizer.state.values()]
         if world.main:
             with open(out, "w") as file:

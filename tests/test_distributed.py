@@ -21,7 +21,8 @@ def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess:
     """Run a script of this repository under torchrun, one thread a process."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*launcher, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    command = [*launcher, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def recorded_steps(folder: Path, processes: int, budget: int, steps: int = 5, *extra: str) -> dict:
@@ -63,8 +64,7 @@ def test_a_checkpoint_loads_at_another_world_size(folder, written_by, read_by):
     loaded = recorded_steps(folder, read_by, 10_000, 1, f"load={place / 'step-000002'}")
     assert loaded["resumed"] == 2
     assert loaded["weights"] == saved["weights"]
-    again = recorded_steps(folder, written_by, 10_000, 1, f"load={place / 'step-000002'}")
-    assert again["moments"] == loaded["moments"] and max(map(max, again["moments"])) > 0
+    assert loaded["moments"] == saved["moments"] and max(map(max, saved["moments"])) > 0
 
 
 def test_mixed_precision_stays_near_full_precision(folder, alone):

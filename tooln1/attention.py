@@ -25,7 +25,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     """softmax(q kᵀ / sqrt(D)) v with grouped heads: q [B, Tq, H, D], k and v [B, Tk, K, D] -> [B, Tq, H, D]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    if grouped and mask is not None and q.is_cuda:  # no fused CUDA kernel takes both; the plain one needs [Tq, Tk] scores
+    if grouped and mask is not None and q.is_cuda:  # no fused CUDA kernel takes both; the plain one writes all scores
         k, v, grouped = *(x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v)), False
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
 
