@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what was saved, and a broken one is a sentence. Other world sizes: test_distributed."""
+"""Checkpoints: what comes back is what was saved, a broken one is a sentence. Other world sizes: test_distributed."""
 
 import json
 
