@@ -234,10 +234,14 @@ def test_prompts_and_replies_are_short(splits, tokenizer):
         assert len(tokenizer.encode(demo.reply_with(example.answer))) <= 60
 
 
-def test_a_word_is_the_same_token_in_a_request_and_in_json(tokenizer):
-    for word in [word for words in VALUES.values() for word in words.split()]:
-        (token,) = tokenizer.encode(word)
-        assert token in tokenizer.encode(f"Go to {word}, please") and token in tokenizer.encode(f'{{"city": "{word}"}}')
+def test_a_word_has_the_same_tokens_in_a_request_and_in_json(tokenizer):
+    words = [word for words in VALUES.values() for word in words.split()]
+    for word in words:
+        tokens = tokenizer.encode(word)
+        for before, after in (("Go to ", ", please"), ('{"city": "', '", "hour": 7}')):
+            around = (tokenizer.encode(before), tokenizer.encode(after))
+            assert tokenizer.encode(before + word + after) == [*around[0], *tokens, *around[1]]
+    assert sum(len(tokenizer.encode(word)) == 1 for word in words) > 0.99 * len(words)
     assert len(tokenizer.encode("1234")) == 4
 
 
