@@ -103,7 +103,7 @@ def generate(
     }
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32  # as train.py samples
     tokenizer = load_tokenizer(options.model)
-    model = load_model(options.model, dtype, world.device)
+    model = load_model(options.model, dtype, world.device, tokenizer.vocab_size)
     settings = {
         "model": options.model, "data": {bench.name: bench.path for bench in benches},
         "model_fingerprint": model_fingerprint(model), "dtype": str(dtype).removeprefix("torch."),

@@ -26,7 +26,7 @@ from tooln1.grpo import group_advantages, loss_total
 from tooln1.metrics import Metrics, RunLog, progress
 from tooln1.model import Transformer, load_model, save_model
 from tooln1.prompt import build_messages
-from tooln1.reply_metrics import add_reply_metrics, add_sampler_gap
+from tooln1.reply_metrics import add_reply_metrics, add_sampler_gap, add_sampler_stats
 from tooln1.rewards import REWARDS, fault_of
 from tooln1.rollout import Rollout, Sampler
 from tooln1.sft import demonstrations, read_pairs
@@ -80,6 +80,7 @@ def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
         copy_weights(run.policy, run.sampler.model)
     answers = [examples[rollout.group].answer for rollout in rollouts]
     add_reply_metrics(metrics, rollouts, replies, answers, rewards, config.think, run.world.size)
+    add_sampler_stats(metrics, run.sampler.stats)
     add_sampler_gap(metrics, rollouts, [batch for mini in batches for batch in mini])
     return [
         {"id": examples[rollout.group].id, "reward": reward, "reply": reply, "answer": answer}
@@ -188,16 +189,18 @@ def build(config: Config, world: World) -> tuple[Run, int]:
     tokenizer = load_tokenizer(config.model)
     tokenizer.stop_ids  # noqa: B018  a model without one fails now, not in the first step
     examples, held_out = load_data(config, world, tokenizer)
+    vocabulary = tokenizer.vocab_size
     low = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    policy = load_model(config.model, torch.float32, world.device)
+    policy = load_model(config.model, torch.float32, world.device, vocabulary)
     for block in policy.model.layers:
         block.recompute = config.activation_checkpointing
     policy = shard(policy, world, low)  # before the others come, so that only one whole model is there at a time
     reference = None
     if config.mode == "rl" and config.kl_coef:
-        reference = load_model(config.reference_model or config.model, low, world.device).requires_grad_(False)
-        reference = shard(reference, world)
-    sampler = Sampler(load_model(config.model, low, world.device), tokenizer.stop_ids, config.rollout_rows)
+        reference = load_model(config.reference_model or config.model, low, world.device, vocabulary)
+        reference = shard(reference.requires_grad_(False), world)
+    copy = load_model(config.model, low, world.device, vocabulary)
+    sampler = Sampler(copy, tokenizer.stop_ids, config.rollout_rows, config.rollout_cache_tokens)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps, weight_decay=config.weight_decay, fused=world.device.type == "cuda",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import reference
 
-from tooln1.distributed import World, launch
+from tooln1.distributed import deal, launch
 from tooln1.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,10 +75,12 @@ def test_mixed_precision_stays_near_full_precision(folder, alone):
     assert half["grad_norm"] != pytest.approx(alone["grad_norm"], rel=1e-5)
 
 
-def test_work_is_dealt_like_cards():
-    cpu = torch.device("cpu")
-    shares = [World(rank, 3, cpu).share(8) for rank in range(3)]
-    assert shares == [[0, 3, 6], [1, 4, 7], [2, 5]]
+def test_work_is_dealt_by_cost():
+    shares = deal([5, 1, 9, 3, 4], 2)
+    assert sorted(i for share in shares for i in share) == [0, 1, 2, 3, 4]
+    assert [sum([5, 1, 9, 3, 4][i] for i in share) for share in shares] == [12, 10]
+    assert [len(share) for share in deal([100 + i for i in range(9)], 3)] == [3, 3, 3]
+    assert deal([1.0], 3) == [[0], [], []]
 
 
 def test_a_gpu_that_is_not_there_is_a_sentence():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from conftest import reference
 from safetensors.torch import load_file
 
 from tooln1.model import load_model, sequence_logits
-from tooln1.rollout import Sampler, choose, restrict, uniforms
+from tooln1.rollout import Sampler
+from tooln1.sampling import choose, reply_streams, restrict
+from tooln1.sampling import uniforms as uniforms_of
 
 MODELS = sorted(path.name for path in reference("models/dev").iterdir())
 PROMPTS = [[3, 9, 27], [5], [8, 8, 1, 40, 7, 13, 2], [100, 200]]
@@ -55,6 +58,66 @@ def test_replies_do_not_depend_on_the_batch(model, temperature):
         assert [rollout.reply for rollout in alone] == [keyed[i, sample] for sample in range(3)]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"rows": 1},
+        {"rows": 4},
+        {"page_size": 4},
+        {"page_size": 8, "cache_tokens": 96},  # put back again and again
+        {"page_size": 8, "cache_tokens": 96, "rows": 5, "prefill_tokens": 7},
+        {"page_size": 4, "cache_tokens": 160, "lookahead": 1},  # as on CUDA: a step ahead of its results
+    ],
+    ids=str,
+)
+def test_replies_do_not_depend_on_slots_pages_schedule_or_order(model, temperature, how):
+    draw = random.Random(3)
+    prompts = [[draw.randrange(model.config.vocab_size) for _ in range(draw.randint(1, 40))] for _ in range(7)]
+    caps = [draw.randint(1, 40) for _ in range(7 * 3)]
+    keys = list(range(7))
+    request = dict(group_size=3, temperature=temperature, seed=4)
+    base = Sampler(model, [7, 50])
+    want = texts(base.generate(prompts, max_new_tokens=caps, keys=keys, **request))
+    assert len({len(reply) for reply in want.values()}) > 5
+    how = dict(how)
+    lookahead = how.pop("lookahead", 0)
+    sampler = Sampler(model, [7, 50], **how)
+    sampler.lookahead = lookahead
+    order = draw.sample(range(7), 7)
+    shuffled = sampler.generate(
+        [prompts[i] for i in order], max_new_tokens=[caps[3 * i + s] for i in order for s in range(3)],
+        keys=[keys[i] for i in order], **request,
+    )  # fmt: skip
+    assert {(order[r.group], r.sample): r.reply for r in shuffled} == want
+    assert sampler.stats.prefilled == base.stats.prefilled == sum(map(len, prompts))
+    assert (sampler.stats.preemptions > 0) == ("cache_tokens" in how)
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn_nor_counted():
+    model = load_model(reference("models/dev/qwen1p5b_12x2_tied_bf16_sharded"), vocabulary=40)
+    prompt = [3, 9, 27]
+    rollouts = Sampler(model, []).generate([prompt], 20, 1.5, 20)
+    assert max(token for rollout in rollouts for token in rollout.reply) < 40
+    ids = prompt + rollouts[0].reply
+    want = torch.log_softmax(sequence_logits(model, ids)[2:-1] / 1.5, -1)
+    assert want.shape[1] == 40
+    want = want[range(20), rollouts[0].reply]
+    torch.testing.assert_close(torch.tensor(rollouts[0].logprobs), want, atol=1e-4, rtol=0)
+
+
+def test_weights_may_change_in_place_between_calls():
+    model = load_model(reference("models/dev/qwen_mha_tied_fp32"))
+    sampler = Sampler(model, [])
+    before = sampler.generate([[1, 2]], temperature=0.0, max_new_tokens=8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    after = sampler.generate([[1, 2]], temperature=0.0, max_new_tokens=8)
+    assert texts(after) != texts(before)
+    assert texts(after) == texts(Sampler(model, []).generate([[1, 2]], temperature=0.0, max_new_tokens=8))
+
+
 def test_other_seed_step_or_key_gives_other_replies(model):
     how = dict(group_size=2, temperature=1.0, max_new_tokens=16)
     sampler = Sampler(model, [])
@@ -86,6 +149,10 @@ def test_caps_stop_tokens_and_the_count_of_finished_rows(model):
     assert [(r.group, r.sample) for r in rollouts] == [(g, s) for g in range(4) for s in range(2)]
 
 
+def uniforms(seed, step, keys, samples, positions):
+    return uniforms_of(reply_streams(seed, step, keys, samples), positions)
+
+
 def test_uniform_numbers_are_uniform_and_unrelated():
     n = 200_000
     keys, zero = torch.arange(n), torch.zeros(n, dtype=torch.int64)
@@ -108,13 +175,20 @@ def test_uniform_numbers_are_uniform_and_unrelated():
     assert uniforms(0, 0, keys[:3], zero[:3], zero[:3]).tolist() == streams[0][:3].tolist()
 
 
-def test_logits_that_are_not_finite_are_a_sentence():
+def test_logits_that_are_not_finite_are_a_sentence_and_leave_nothing_behind():
     model = load_model(reference("models/dev/qwen_mha_tied_fp32"))
-    with torch.no_grad():
-        model.model.norm.weight[0] = torch.nan
+    sampler = Sampler(model, [7])
+    want = texts(sampler.generate([[1, 2]], temperature=0.0, max_new_tokens=4))
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    before = weight.detach().clone()
     for temperature in (0.0, 1.0):
-        with pytest.raises(ValueError, match="logits are not finite at token 0"):
-            Sampler(model, [7]).generate([[1, 2]], temperature=temperature, max_new_tokens=2)
+        with torch.no_grad():
+            weight.fill_(torch.nan)
+        with pytest.raises(ValueError, match="not finite at token 0 of reply 0 to prompt 0"):
+            sampler.generate([[1] * 20], temperature=temperature, max_new_tokens=2)
+        with torch.no_grad():
+            weight.copy_(before)
+        assert texts(sampler.generate([[1, 2]], temperature=0.0, max_new_tokens=4)) == want
 
 
 def test_sampling_leaves_the_model_trainable(model):
@@ -151,16 +225,20 @@ def test_top_k_and_top_p():
     [
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"max_new_tokens": [1, 2]}, "1 prompts, but 2"),
+        ({"max_new_tokens": [1, 2]}, "1 prompts .*, but 2"),
         ({"keys": []}, "0 keys"),
         ({"temperature": -1.0}, "temperature -1.0"),
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"group_size": 0}, "group_size"),
+        ({"prompts": [[1], [1] * 5000]}, "prompt 1 has 5000 tokens; the model's context is"),
+        ({"prompts": [[1], [3, 999_999]]}, "prompt 1 holds token id 999999; the model knows 0 to"),
+        ({"max_new_tokens": 400}, "may need 416 tokens of cache, which holds 64: raise cache_tokens"),
     ],
 )
 def test_bad_requests_are_sentences_and_leave_the_sampler_usable(model, bad, words):
-    sampler = Sampler(model, [7])
+    sampler = Sampler(model, [7], cache_tokens=64, page_size=16)
     with pytest.raises(ValueError, match=words):
-        sampler.generate(**({"prompts": [[1]]} | bad))
+        sampler.generate(**({"prompts": [[1]], "max_new_tokens": 5} | bad))
+    assert len(sampler.generate([[1]], max_new_tokens=5)) == 1
     assert sampler.generate([[1]], max_new_tokens=2)
     assert sampler.generate([]) == []

@@ -98,7 +98,9 @@ class Config:
                            "(0, 1]")
     top_k: int = setting(0, "sample among so many likeliest tokens; 0: off", "tokens", "off", "[0, inf)")
     max_reply_tokens: int = setting(8192, "a longer reply is cut off there", "tokens", "8192", "[1, inf)")
-    rollout_rows: int = setting(0, "replies sampled at once; 0: all", "replies", "", "[0, inf)")
+    rollout_rows: int = setting(0, "most replies sampled at once; 0: all, on CUDA 512", "replies", "", "[0, inf)")
+    rollout_cache_tokens: int = setting(0, "key/value cache of the sampler; 0: what the replies can need, at most "
+                                        "a third of the memory free at the first step", "tokens", "", "[0, inf)")
 
     reward: str = setting("binary", "how a reply is scored", "", "binary", section="reward",
                           choices=REWARD_NAMES)

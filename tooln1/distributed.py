@@ -47,10 +47,6 @@ class World:
         """Whether weights are FSDP2 shards: always, but for a single CPU process."""
         return self.size > 1 or self.device.type == "cuda"
 
-    def share(self, count: int) -> list[int]:
-        """Which of `count` things, dealt like cards, are this rank's."""
-        return list(range(self.rank, count, self.size))
-
     def gather(self, things: list[T]) -> list[T]:
         """Every rank's `things` on every rank, in rank order."""
         if self.size == 1:
@@ -144,16 +140,52 @@ def whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_weights(policy: Transformer, target: Transformer) -> None:
-    """Overwrite the unsharded `target` with the policy's weights, cast to its dtype, one tensor at a time."""
-    for source, place in zip(policy.parameters(), target.parameters(), strict=True):
-        place.copy_(whole(source.detach()))
+    """Overwrite the unsharded `target` with the policy's weights, cast to its dtype, in place.
+
+    Layer by layer: one collective each, in the dtype the policy computes in, and one whole layer alive at a time.
+    """
+    for source, place in zip(_layers(policy), _layers(target), strict=True):
+        if isinstance(source, FSDPModule):
+            source.unshard()
+        for parameter, copy in zip(_own_parameters(source), _own_parameters(place), strict=True):
+            copy.copy_(parameter)
+        reshard(source)
+
+
+def _layers(model: Transformer) -> list[nn.Module]:
+    """What `shard` shards one by one: each block, then all the rest."""
+    return [*model.model.layers, model]
+
+
+def _own_parameters(module: nn.Module) -> list[Tensor]:
+    """A block's parameters, or those of the model that no block has (embedding, final norm, head)."""
+    if not isinstance(module, Transformer):
+        return list(module.parameters())
+    return [parameter for name, parameter in module.named_parameters() if not name.startswith("model.layers.")]
+
+
+def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Share out things of these costs: the costliest first, each to the rank that has the least so far."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0.0] * ranks
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        rank = load.index(min(load))
+        shares[rank].append(i)
+        load[rank] += costs[i]
+    return [sorted(share) for share in shares]
 
 
 def sample_everywhere(
-    sampler: Sampler, world: World, prompts: list[list[int]], keys: list[int], **how
-) -> list[Rollout]:
-    """`sampler.generate` with the prompts dealt over ranks; every rank gets all rollouts, in prompt order."""
-    mine = world.share(len(prompts))
+    sampler: Sampler, world: World, prompts: list[list[int]], keys: list[int], group_size: int, max_new_tokens: int,
+    **how,
+) -> list[Rollout]:  # fmt: skip
+    """`sampler.generate` with the prompts dealt over ranks; every rank gets all rollouts, in prompt order.
+
+    Ranks sample without waiting for each other; they meet when all replies are there.
+    """
+    expected = [len(prompt) + group_size * max_new_tokens for prompt in prompts]  # like counts first, then lengths
+    mine = deal(expected, world.size)[world.rank]
+    how |= {"group_size": group_size, "max_new_tokens": max_new_tokens}
     rollouts = sampler.generate([prompts[i] for i in mine], keys=[keys[i] for i in mine], **how)
     rollouts = world.gather([replace(rollout, group=mine[rollout.group]) for rollout in rollouts])
     return sorted(rollouts, key=lambda rollout: (rollout.group, rollout.sample))

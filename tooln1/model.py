@@ -187,17 +187,17 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | str) -> Tens
 
 
 def rotation(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every angle, [T, 1, D] in `dtype`; the angles themselves in at least fp32."""
+    """cos and ∓sin (minus for the first half of a head) of every angle, [T, 1, D] in `dtype`; angles in ≥ fp32."""
     wide = torch.promote_types(dtype, torch.float32)
     angles = positions.to(wide)[:, None] * inverse_frequencies(config, positions.device).to(wide)  # [T, D/2]
-    angles = torch.cat((angles, angles), dim=-1)[:, None]  # [T, 1, D]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply RoPE to x [T, heads, D], the two halves of a head being the real and imaginary parts."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
 
 
 class Attention(nn.Module):
@@ -272,13 +272,19 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.source: Path | None = None  # where it was loaded from; export copies the tokenizer from there
+        self.vocabulary = config.vocab_size  # ids that can occur: those of the tokenizer, where that is known
         self.model = Decoder(config)
         self.lm_head = None if config.tie_word_embeddings else _head(config)
 
     @property
     def head(self) -> Tensor:
-        """The output matrix [V, C]: logits = hidden @ head.T (the embedding itself where the two are tied)."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """The output matrix [V, C]: logits = hidden @ head.T (the embedding itself where the two are tied).
+
+        Its rows beyond `vocabulary` are left out: Qwen2.5 pads the matrix with ids that no tokenizer has, and what
+        is never drawn must not have a share in the log-probabilities either.
+        """
+        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return weight if self.vocabulary == self.config.vocab_size else weight[: self.vocabulary]
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states after the final norm, [T, C], of the flat stream `tokens` [T] at `positions` [T].
@@ -319,14 +325,22 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    vocabulary: int | None = None,
 ) -> Transformer:
     """The model of a Hugging Face directory or hub id, every weight cast to `dtype` on `device`.
 
-    Reads config.json and model.safetensors or its shards. Raises UserError for files that are missing or broken,
-    and one that lists all missing, unexpected and mis-shaped tensors together when they do not fit the config.
+    Reads config.json and model.safetensors or its shards. `vocabulary` is how many ids the tokenizer has (None: all
+    that the model has). Raises UserError for files that are missing or broken, for a tokenizer with more ids than the
+    model, and one that lists all missing, unexpected and mis-shaped tensors together when they do not fit the config.
     """
     config = read_config(path)
+    if vocabulary is not None and vocabulary > config.vocab_size:
+        raise UserError(
+            f"{path}: its tokenizer has {vocabulary} ids, the model {config.vocab_size}; they do not belong together."
+        )
     directory = local_directory(path, MODEL_FILES)
     with torch.device("meta"):
         model = Transformer(config)
@@ -334,7 +348,7 @@ def load_model(
     unneeded = ("rotary_emb.inv_freq",) + (("lm_head.weight",) if config.tie_word_embeddings else ())
     state = read_weights(directory, shapes, unneeded, dtype, device)
     model.load_state_dict(state, strict=True, assign=True)
-    model.source = directory
+    model.source, model.vocabulary = directory, vocabulary or config.vocab_size
     return model
 
 

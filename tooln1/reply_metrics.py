@@ -12,6 +12,7 @@ from tooln1.grpo import zero_variance_groups
 from tooln1.metrics import Metrics
 from tooln1.rewards import fault_of
 from tooln1.rollout import Rollout
+from tooln1.scheduler import Stats
 
 FORMAT_FAULTS = ("no_call_block", "bad_json", "bad_format", "no_think")
 
@@ -45,6 +46,13 @@ def add_reply_metrics(
     metrics.add_min("reply_tokens_min", min(lengths))
     metrics.add_max("reply_tokens_max", max(lengths))
     metrics.add_tokens("rollout", sum(lengths) / ranks)  # tokens of all ranks are added up
+
+
+def add_sampler_stats(metrics: Metrics, stats: Stats) -> None:
+    """Add what this rank's sampling took beside the reply tokens: prompt tokens computed, and rows put back."""
+    metrics.add_sum("prompt_tokens_prefilled", stats.prefilled)
+    metrics.add_sum("tokens_recomputed", stats.recomputed)
+    metrics.add_sum("rows_put_back", stats.preemptions)
 
 
 def add_sampler_gap(metrics: Metrics, rollouts: Sequence[Rollout], batches: Sequence[PackedBatch]) -> None:

@@ -1,23 +1,30 @@
-"""Sampling replies: a prompt is computed once per group, rows leave when they stop, every draw is reproducible.
+"""Sampling replies: a paged key/value cache, continuous batching, reproducible draws.
 
-    prefill   the distinct prompts as one packed stream; their keys and values are copied to each row of the group
-    decode    one token per row and step, all rows at once; a row that stopped is dropped from the cache
-    draw      inverse CDF at one uniform number that depends only on (seed, step, key, sample, position)
+    schedule      scheduler.py says what to run: a packed prefill or one token for every running row
+    run           the model over that step, and the draw; on CUDA a decode step is one replay of a graph
+    postprocess   scheduler.py takes in the tokens; ended rows leave, waiting ones come
 
-So a reply does not depend on which rows it was sampled beside, on which rank, or in which order.
+A prompt is computed once per group and its pages are shared. Every draw depends only on (seed, step, key, sample,
+position), so a reply does not depend on which rows it was sampled beside, on which rank, in which pages or order.
 """
 
 from __future__ import annotations
 
+import math
+import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tooln1.attention import PackedAttention, Segment, attention
 from tooln1.model import Transformer
+from tooln1.paged_attention import FlexPages, GatheredPages, PagedCache, PagedSpan, PrefillAttention
+from tooln1.sampling import choose, reply_streams, uniforms
+from tooln1.scheduler import Group, PagePool, Row, Scheduler, Stats, Step
 
 
 @dataclass(frozen=True)
@@ -32,145 +39,48 @@ class Rollout:
     finished: bool  # ended with a stop token; False: cut at the cap
 
 
-# ------------------------------------------------------------------------------------------------ randomness
+@dataclass(frozen=True)
+class _Draw:
+    """How this call turns hidden states into tokens."""
 
-_MASK = (1 << 63) - 1
+    temperature: float
+    top_k: int
+    top_p: float
 
-
-def _mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64 on int64, whose products wrap: every input bit reaches every output bit."""
-    x = (x ^ ((x >> 30) & (_MASK >> 29))) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    x = (x ^ ((x >> 27) & (_MASK >> 26))) * -7723592293110705685  # 0x94D049BB133111EB
-    return x ^ ((x >> 31) & (_MASK >> 30))
-
-
-def uniforms(seed: int, step: int, keys: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
-    """One uniform number in (0, 1) per row, fp32 [B], a hash of (seed, step, key, sample, position).
-
-    keys, samples, positions: int64 [B], the example's key, the number of the reply in its group and the number of
-    the token in its reply.
-    """
-    state = torch.zeros_like(keys)
-    for part in (torch.full_like(keys, seed), torch.full_like(keys, step), keys, samples, positions):
-        state = _mix(_mix(state) + part - 7046029254386353131)  # the golden-ratio increment of splitmix64
-    return (((state >> 41) & 0x7FFFFF).to(torch.float32) + 0.5) / (1 << 23)
-
-
-# ------------------------------------------------------------------------------------------------ choosing a token
-
-
-def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """-inf for every logit [B, V] outside the `top_k` largest (0: off) or the smallest set of mass `top_p` (1: off)."""
-    if top_k > 0:
-        least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p < 1:
-        sorted_, order = logits.sort(dim=-1, descending=True)
-        probs = sorted_.softmax(-1)
-        outside = probs.cumsum(-1) - probs >= top_p  # the mass before it already suffices
-        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
-    return logits
-
-
-def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Token [B] and its log-probability [B] from fp32 logits [B, V] and one uniform number per row [B].
-
-    Temperature 0 is greedy (first of equals), with log-probs at temperature 1. The draw is the first token whose
-    cumulated probability exceeds the uniform number.
-    """
-    logprobs = F.log_softmax(logits / (temperature or 1.0), dim=-1)
-    if temperature == 0:
-        token = logits.argmax(-1)
-    else:
-        cdf = restrict(logprobs, top_k, top_p).softmax(-1).cumsum(-1)  # [B, V]
-        total = cdf[:, -1]
-        below = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-        token = torch.searchsorted(cdf, below[:, None], right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
-    return token, logprobs.gather(-1, token[:, None])[:, 0]
-
-
-# ------------------------------------------------------------------------------------------------ cache
-
-
-class KVCache:
-    """Keys and values of B rows, per layer [B, S, K, D]; row b holds its first `lengths[b]` places."""
-
-    def __init__(self, lengths: list[int], model: Transformer):
-        config, like = model.config, model.head
-        self.lengths = torch.tensor(lengths, device=like.device)  # [B] places taken
-        shape = (len(lengths), max(lengths), config.num_key_value_heads, config.head_dim)
-        self.keys = [like.new_empty(shape) for _ in range(config.num_hidden_layers)]
-        self.values = [like.new_empty(shape) for _ in range(config.num_hidden_layers)]
-        self.clear()
-
-    def clear(self) -> None:
-        """Zero the places not yet written: attention weighs them 0, and 0 · NaN would still be NaN."""
-        for cached in (*self.keys, *self.values):
-            cached.zero_()
-
-    def grow(self, places: int) -> None:
-        """Room for `places` more tokens in every row."""
-        for layers in (self.keys, self.values):
-            for i, cached in enumerate(layers):  # one by one: two whole caches at once might not fit
-                layers[i] = F.pad(cached, (0, 0, 0, 0, 0, places))
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop every row but `rows` (int64 indices)."""
-        self.lengths = self.lengths[rows]
-        for layers in (self.keys, self.values):
-            for i, cached in enumerate(layers):
-                layers[i] = cached[rows]
-
-    @property
-    def capacity(self) -> int:
-        """Places per row."""
-        return self.keys[0].shape[1]
-
-
-class PrefillAttention(PackedAttention):
-    """Attention over packed prompts that copies each prompt's keys and values to the rows of its group."""
-
-    def __init__(self, segments: tuple[Segment, ...], cache: KVCache, rows_of: list[list[int]]):
-        super().__init__(segments, cache.lengths.device)
-        self.cache, self.rows_of = cache, rows_of
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for (start, length, _), rows in zip(self.segments, self.rows_of, strict=True):
-            self.cache.keys[layer][rows, :length] = k[start : start + length]
-            self.cache.values[layer][rows, :length] = v[start : start + length]
-        return super().__call__(layer, q, k, v)
-
-
-class DecodeAttention:
-    """One new token per row: it is appended to the cache and looks at all of its row."""
-
-    def __init__(self, cache: KVCache):
-        self.cache, self.rows = cache, torch.arange(len(cache.lengths), device=cache.lengths.device)
-        places = torch.arange(cache.capacity, device=cache.lengths.device)
-        self.mask = (places <= cache.lengths[:, None])[:, None, None]  # [B, 1, 1, S], the new token included
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.rows, self.cache.lengths] = k
-        values[self.rows, self.cache.lengths] = v
-        # The H/K query heads of a key head stand as that head's "queries", so nothing is copied H/K times.
-        grouped = q.unflatten(1, (k.shape[1], -1)).transpose(1, 2)  # [B, H/K, K, D]
-        return attention(grouped, keys, values, self.mask).transpose(1, 2).flatten(1, 2)  # [B, H, D]
-
-
-# ------------------------------------------------------------------------------------------------ sampler
+    def __call__(self, head: Tensor, hidden: Tensor, streams: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(hidden, head).float()  # [B, V]
+        return choose(logits, uniforms(streams, positions), self.temperature, self.top_k, self.top_p)
 
 
 class Sampler:
-    """Samples groups of replies from a whole (unsharded) copy of the model.
+    """Samples groups of replies from a whole (unsharded) copy of the model, whose weights may change between calls.
 
-    `stop_ids` end a reply and belong to it. At most `rows` replies are in flight at once (0: all), in whole groups.
+    `stop_ids` end a reply and belong to it. At most `rows` replies are in flight at once (0: all, on CUDA 512). The
+    cache holds `cache_tokens` (0: as many as a call can use, or `memory_share` of the memory that is free when the
+    first call comes) in pages of `page_size` (0: 128 on CUDA, else 32). A prefill computes at most `prefill_tokens`.
     """
 
-    def __init__(self, model: Transformer, stop_ids: Sequence[int], rows: int = 0):
-        self.model = model
-        self.stop_ids = torch.tensor(list(stop_ids), device=model.head.device)
-        self.rows = rows
+    def __init__(
+        self,
+        model: Transformer,
+        stop_ids: Sequence[int],
+        rows: int = 0,
+        cache_tokens: int = 0,
+        page_size: int = 0,
+        prefill_tokens: int = 0,
+        memory_share: float = 1 / 3,
+    ):
+        self.model, self.stop_ids, self.rows = model, frozenset(stop_ids), rows
+        self.device = model.head.device
+        self.cuda = self.device.type == "cuda"
+        self.page_size = page_size or (128 if self.cuda else 32)
+        self.prefill_tokens = prefill_tokens or (16384 if self.cuda else 2048)
+        self.cache_tokens, self.memory_share = cache_tokens, memory_share
+        self.lookahead = int(self.cuda)  # steps launched before the tokens of the last one are looked at
+        self.cache: PagedCache | None = None
+        self.newest = torch.zeros(1, dtype=torch.int64, device=self.device)  # [slots + 1] each row's last token
+        self.graphs: dict[tuple[int, _Draw], _DecodeGraph] = {}
+        self.stats = Stats()  # of the last call
 
     def generate(
         self,
@@ -187,105 +97,258 @@ class Sampler:
     ) -> list[Rollout]:
         """`group_size` replies to each prompt (token ids), in prompt order.
 
-        `keys` name the prompts for the randomness (default: their place in the list); `max_new_tokens` caps the
-        replies, one number or one per prompt; temperature 0 is greedy. `on_finished(n)` is told of n more finished
-        replies. Raises ValueError for an empty prompt, an empty cap or numbers out of range.
+        `keys` name the prompts for the randomness (default: their place in the list). `max_new_tokens` caps the
+        replies: one number, one per prompt, or one per reply (prompt by prompt). Temperature 0 is greedy.
+        `on_finished(n)` is told of n more finished replies. Raises ValueError for an empty prompt, one longer than the
+        model's context or the cache, numbers out of range, and logits that are not finite; the sampler stays usable.
         """
-        caps = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         keys = list(range(len(prompts))) if keys is None else list(keys)
-        _check(prompts, group_size, temperature, caps, keys, top_p, top_k)
-        # Prompts of like length share a batch, so that little of its cache is padding.
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-        groups_at_once = max(1, self.rows // group_size) if self.rows else max(1, len(prompts))
-        rollouts: list[Rollout] = []
-        for start in range(0, len(order), groups_at_once):
-            batch = order[start : start + groups_at_once]
-            rows = [(group, sample) for group in batch for sample in range(group_size)]
-            draw = _Draw(seed, step, temperature, top_k, top_p)
-            rollouts += self._generate_batch(prompts, batch, rows, keys, caps, draw, on_finished)
-        return sorted(rollouts, key=lambda rollout: (rollout.group, rollout.sample))
+        caps = _caps(max_new_tokens, len(prompts), group_size)
+        _check(prompts, self.model.config.vocab_size, group_size, temperature, caps, keys, top_p, top_k)
+        groups = [Group(number, prompt) for number, prompt in enumerate(prompts)]
+        for group in groups:
+            group.rows = [Row(group, sample, caps[group.number][sample]) for sample in range(group_size)]
+        slots = min(self.rows or (512 if self.cuda else len(prompts) * group_size), len(prompts) * group_size)
+        self._make_room(groups, slots)
+        longest_first = sorted(groups, key=lambda group: -len(group.prompt))  # if memory is short, it shows at once
+        pool = PagePool(self.cache.pages, self.page_size)
+        scheduler = Scheduler(longest_first, pool, slots, self.prefill_tokens)
+        samples = torch.arange(group_size).repeat(len(prompts))
+        of_group = torch.tensor(keys, dtype=torch.int64).repeat_interleave(group_size)
+        streams = reply_streams(seed, step, of_group, samples).tolist()
+        for row, stream in zip((row for group in groups for row in group.rows), streams, strict=True):
+            row.stream = stream
+        try:
+            self._sample(scheduler, _Draw(temperature, top_k, top_p), on_finished)
+        except BaseException:
+            self.cache.data.zero_()  # what is not finite must not stay in the pages
+            raise
+        self.stats = scheduler.stats
+        rows = [row for group in groups for row in group.rows]
+        return [Rollout(r.group.number, r.sample, r.group.prompt, r.reply, r.logprobs, r.finished) for r in rows]
 
     @torch.inference_mode()
-    def _generate_batch(self, prompts, batch, rows, keys, caps, draw, on_finished) -> list[Rollout]:
-        device = self.stop_ids.device
-        cache = KVCache([len(prompts[group]) for group, _ in rows], self.model)
-        hidden = self._prefill(prompts, batch, rows, cache)  # [B, C]
-        key = torch.tensor([keys[group] for group, _ in rows], device=device)
-        sample = torch.tensor([sample for _, sample in rows], device=device)
-        cap = torch.tensor([caps[group] for group, _ in rows], device=device)
-        alive = torch.arange(len(rows), device=device)  # which of `rows` each place of the batch holds
-        replies: list[list[int]] = [[] for _ in rows]
-        logprobs: list[list[float]] = [[] for _ in rows]
-        finished = [False] * len(rows)
-        for position in range(max(caps[group] for group in batch)):
-            logits = F.linear(hidden, self.model.head).float()  # [B, V]
-            token, logprob = draw(logits, key, sample, position)
-            if not torch.isfinite(logprob).all():
-                raise ValueError(f"the model's logits are not finite at token {position} of a reply; are its weights?")
-            stopped = torch.isin(token, self.stop_ids)
-            for row, t, p, s in zip(
-                alive.tolist(), token.tolist(), logprob.tolist(), stopped.tolist(), strict=True
-            ):
-                replies[row].append(t)
-                logprobs[row].append(p)
-                finished[row] = s
-            going = (~stopped & (position + 1 < cap)).nonzero()[:, 0]
-            if on_finished and len(going) < len(alive):
-                on_finished(len(alive) - len(going))
-            if len(going) == 0:
-                break
-            if len(going) < len(alive):
-                cache.keep(going)
-                alive, token, key, sample, cap = (x[going] for x in (alive, token, key, sample, cap))
-            if position % GROWTH == 0:
-                cache.grow(GROWTH)
-            hidden = self.model(token, cache.lengths, DecodeAttention(cache))
-            cache.lengths = cache.lengths + 1
-        return [
-            Rollout(group, sample_, prompts[group], replies[row], logprobs[row], finished[row])
-            for row, (group, sample_) in enumerate(rows)
-        ]
+    def _sample(self, scheduler: Scheduler, draw: _Draw, on_finished: Callable[[int], None] | None) -> None:
+        """Schedule, run, postprocess, until every row has ended."""
+        results = deque()
+        while scheduler.unfinished:
+            step = scheduler.schedule()
+            if step:
+                results.append((step.draws, self._run(step, draw)))
+            while len(results) > (self.lookahead if step else 0):
+                rows, fetch = results.popleft()
+                tokens, logprobs = fetch()
+                _check_finite(rows, logprobs)
+                ended = scheduler.postprocess(rows, tokens, logprobs, self.stop_ids)
+                if on_finished and ended:
+                    on_finished(ended)
 
-    def _prefill(self, prompts, batch, rows, cache) -> Tensor:
-        """Run the distinct prompts of `batch` once, fill the cache, return each row's last hidden state [B, C]."""
-        device = self.stop_ids.device
-        segments, rows_of, last, start = [], [], [], 0
-        for group in batch:
-            segments.append(Segment(start, len(prompts[group]), ()))
-            rows_of.append([row for row, (of, _) in enumerate(rows) if of == group])
-            start += len(prompts[group])
-            last.append(start - 1)
-        tokens = torch.tensor([token for group in batch for token in prompts[group]], device=device)
-        positions = torch.cat([torch.arange(len(prompts[group]), device=device) for group in batch])
-        hidden = self.model(tokens, positions, PrefillAttention(tuple(segments), cache, rows_of))
-        place = {group: last[i] for i, group in enumerate(batch)}
-        return hidden[[place[group] for group, _ in rows]]
+    # ------------------------------------------------------------------------------------------------ run
+
+    def _run(self, step: Step, draw: _Draw) -> Callable[[], tuple[list[int], list[float]]]:
+        """Start a step on the device; the function returned waits for its tokens and their log-probs."""
+        if step.copies:
+            self.cache.copy_pages(step.copies)
+        if step.known:
+            slots, tokens = self._send(np.array(step.known, dtype=np.int64).T)
+            self.newest[slots] = tokens
+        if step.spans:
+            drawn = self._prefill(step, draw)
+        elif self.cuda:
+            drawn = self._replay(step.rows, draw)
+        else:
+            numbers = self._send(_numbers(step.rows))
+            tables = [row.pages for row in step.rows]
+            shared = [len(row.group.prompt) // self.page_size for row in step.rows]
+            drawn = self._decode(numbers, draw, GatheredPages(self.cache, tables, shared, numbers[1]))
+        return _fetch(*drawn)
+
+    def _prefill(self, step: Step, draw: _Draw) -> tuple[Tensor, Tensor]:
+        """Compute the spans of a step and draw where they end; (token, log-prob), [draws] each."""
+        size, spans, offset = self.page_size, [], 0
+        tokens, positions, places, last = [], [], [], []
+        for row, start, count, draws in ((s.row, s.start, s.count, s.draws) for s in step.spans):
+            pages = row.pages[: -(-(start + count) // size)]
+            spans.append(PagedSpan(offset, count, start, pages))
+            position = np.arange(start, start + count)
+            tokens += row.tokens(start, count)
+            positions.append(position)
+            places.append(np.array(pages)[position // size] * size + position % size)
+            offset += count
+            last += [offset - 1] * len(draws)
+        stream = self._send(np.stack([np.array(tokens), np.concatenate(positions), np.concatenate(places)]))
+        attend = PrefillAttention(self.cache, spans, stream[2])
+        hidden = self.model(stream[0], stream[1], attend)  # [T, C]
+        numbers = self._send(_numbers(step.draws, dummy=len(self.newest) - 1))
+        return self._draw(hidden[self._send(np.array(last, dtype=np.int64))], numbers, draw)
+
+    def _decode(self, numbers: Tensor, draw: _Draw, attend) -> tuple[Tensor, Tensor]:
+        """One token for each row; (token, log-prob), [B] each."""
+        slots, positions, _, _ = numbers
+        hidden = self.model(self.newest[slots], positions, attend)  # [B, C]
+        return self._draw(hidden, numbers, draw)
+
+    def _draw(self, hidden: Tensor, numbers: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
+        slots, _, streams, drawn = numbers
+        token, logprob = draw(self.model.head, hidden, streams, drawn)
+        self.newest[slots] = token
+        return token, logprob
+
+    def _replay(self, rows: list[Row], draw: _Draw) -> tuple[Tensor, Tensor]:
+        """A decode step on CUDA, padded to the next number of rows that a graph is kept for."""
+        count = _padded_rows(len(rows))
+        if (count, draw) not in self.graphs:
+            self.graphs[count, draw] = _DecodeGraph(self, count, draw)
+        table = np.zeros((len(rows), max(len(row.pages) for row in rows)), dtype=np.int64)
+        for line, row in zip(table, rows, strict=True):
+            line[: len(row.pages)] = row.pages
+        token, logprob = self.graphs[count, draw].replay(self._send(_numbers(rows)), self._send(table))
+        return token[: len(rows)], logprob[: len(rows)]
+
+    def _send(self, numbers: np.ndarray) -> Tensor:
+        """Numbers on the device, without waiting for it."""
+        tensor = torch.from_numpy(np.ascontiguousarray(numbers))
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.cuda else tensor
+
+    # ------------------------------------------------------------------------------------------------ memory
+
+    def _make_room(self, groups: list[Group], slots: int) -> None:
+        """A cache for these prompts and tables for so many rows; graphs that knew others are dropped."""
+        config, size = self.model.config, self.page_size
+        context = config.raw.get("max_position_embeddings")
+        longest = max(groups, key=lambda group: len(group.prompt), default=None)
+        if longest and context and len(longest.prompt) >= context:
+            raise ValueError(
+                f"prompt {longest.number} has {len(longest.prompt)} tokens; the model's context is {context}"
+            )
+        most = [-(-(len(group.prompt) + row.cap) // size) for group in groups for row in group.rows]
+        held = -(-len(longest.prompt) // size) if longest else 0  # a prompt that waits for rows of its group to start
+        wanted = min(sum(most), slots * (max(most, default=1) + held))
+        token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        token_bytes *= self.model.head.element_size()
+        if self.cache_tokens:
+            wanted = self.cache_tokens // size
+        elif self.cache is None or (wanted > self.cache.pages and not self.cuda):
+            free = int(self.memory_share * _free_bytes(self.device)) // (token_bytes * size)
+            wanted = free if self.cuda else min(wanted, free)
+        if self.cache is None or (wanted > self.cache.pages and not self.cuda):
+            self.graphs.clear()
+            self.cache = None  # before the new one comes
+            shape = (config.num_hidden_layers, max(1, wanted), size, config.num_key_value_heads, config.head_dim)
+            self.cache = PagedCache(*shape, self.model.head)
+        if slots >= len(self.newest):
+            self.graphs.clear()
+            self.newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
+        if max(most, default=0) > self.cache.pages:
+            raise ValueError(
+                f"a prompt and its reply may need {max(most) * size} tokens of cache, which holds "
+                f"{self.cache.pages * size}: raise cache_tokens or lower max_new_tokens"
+            )
 
 
-GROWTH = 32  # places added to every row of the cache at a time
+class _DecodeGraph:
+    """A decode step of a fixed number of rows as one CUDA graph; its inputs are overwritten before each replay.
+
+    It reads the weights where they lie: they may be updated in place, never moved.
+    """
+
+    def __init__(self, sampler: Sampler, rows: int, draw: _Draw):
+        self.numbers = torch.zeros((4, rows), dtype=torch.int64, device=sampler.device)
+        self.unused = len(sampler.newest) - 1
+        self.numbers[0] = self.unused
+        width = sampler.cache.pages + 1
+        self.table = torch.zeros((rows, width), dtype=torch.int32, device=sampler.device)
+
+        def step() -> tuple[Tensor, Tensor]:
+            return sampler._decode(self.numbers, draw, FlexPages(sampler.cache, self.table, self.numbers[1]))
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles, and fills the allocator's and cuBLAS's pools
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.drawn = step()
+
+    def replay(self, numbers: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """(token, log-prob) of the rows, [rows] each; those beyond the given ones write to the scratch page."""
+        count = numbers.shape[1]
+        self.numbers.zero_()
+        self.numbers[0] = self.unused
+        self.numbers[:, :count] = numbers
+        self.table[:count, : table.shape[1]] = table
+        self.table[count:, 0] = 0
+        self.graph.replay()
+        return self.drawn
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """How this call turns logits into tokens."""
-
-    seed: int
-    step: int
-    temperature: float
-    top_k: int
-    top_p: float
-
-    def __call__(self, logits: Tensor, key: Tensor, sample: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        uniform = uniforms(self.seed, self.step, key, sample, torch.full_like(key, position))
-        return choose(logits, uniform, self.temperature, self.top_k, self.top_p)
+def _padded_rows(rows: int) -> int:
+    """The next of 8, 16, 32, 64, then every 64."""
+    return next((count for count in (8, 16, 32) if rows <= count), -(-rows // 64) * 64)
 
 
-def _check(prompts, group_size, temperature, caps, keys, top_p, top_k) -> None:
+def _numbers(rows: Sequence[Row], dummy: int = -1) -> np.ndarray:
+    """Slot, position of the newest token, random stream and number of the drawn token in its reply: int64 [4, rows]."""
+    numbers = [(row.slot if row.slot >= 0 else dummy, row.cached - 1, row.stream, row.drawn - 1) for row in rows]
+    return np.array(numbers, dtype=np.int64).reshape(-1, 4).T
+
+
+def _fetch(token: Tensor, logprob: Tensor) -> Callable[[], tuple[list[int], list[float]]]:
+    """Begin to copy the results to the host; the function returned waits for them."""
+    both = torch.stack((token.double(), logprob.double())).to("cpu", non_blocking=True)  # one copy; ids stay exact
+    done = torch.cuda.Event() if token.is_cuda else None
+    if done:
+        done.record()
+
+    def wait() -> tuple[list[int], list[float]]:
+        if done:
+            done.synchronize()
+        return both[0].long().tolist(), both[1].tolist()
+
+    return wait
+
+
+def _check_finite(rows: Sequence[Row], logprobs: Sequence[float]) -> None:
+    for row, logprob in zip(rows, logprobs, strict=True):
+        if not math.isfinite(logprob):
+            where = f"token {len(row.reply)} of reply {row.sample} to prompt {row.group.number}"
+            raise ValueError(f"the model's logits are not finite at {where}; are its weights?")
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not every system tells
+        return 4 << 30
+
+
+def _caps(max_new_tokens: int | list[int], prompts: int, group_size: int) -> list[list[int]]:
+    """The cap of each reply, [prompts][group_size], from one number, one per prompt or one per reply."""
+    if isinstance(max_new_tokens, int):
+        return [[max_new_tokens] * group_size] * prompts
+    caps = list(max_new_tokens)
+    if len(caps) == prompts:
+        return [[cap] * group_size for cap in caps]
+    if len(caps) == prompts * group_size:
+        return [caps[i : i + group_size] for i in range(0, len(caps), max(1, group_size))]
+    raise ValueError(f"{prompts} prompts with {group_size} replies each, but {len(caps)} max_new_tokens")
+
+
+def _check(prompts, vocab_size, group_size, temperature, caps, keys, top_p, top_k) -> None:
     if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
         raise ValueError(f"prompt {empty[0]} is empty; there is nothing to continue")
-    if len(caps) != len(prompts) or len(keys) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts, but {len(caps)} max_new_tokens and {len(keys)} keys")
-    if min(caps, default=1) < 1 or group_size < 1:
-        raise ValueError(f"max_new_tokens ({min(caps)}) and group_size ({group_size}) must be at least 1")
+    for i, prompt in enumerate(prompts):
+        if max(prompt) >= vocab_size or min(prompt) < 0:
+            strange = next(token for token in prompt if not 0 <= token < vocab_size)
+            raise ValueError(f"prompt {i} holds token id {strange}; the model knows 0 to {vocab_size - 1}")
+    if len(keys) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts, but {len(keys)} keys")
+    least = min((cap for group in caps for cap in group), default=1)
+    if least < 1 or group_size < 1:
+        raise ValueError(f"max_new_tokens ({least}) and group_size ({group_size}) must be at least 1")
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(f"out of range: temperature {temperature} >= 0, top_p {top_p} in (0, 1], top_k {top_k} >= 0")

@@ -71,8 +71,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """How many ids the tokenizer knows, added tokens included; a model's own table may be longer."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        """One more than the largest id the tokenizer knows, added tokens included; a model's table may be longer."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
