@@ -76,7 +76,7 @@ class Machine:
 
 
 def problem(seed, groups=6, size=4):
-    """Random prompts and, for each, replies that end at the cap or with a stop token; two tokens more lie behind."""
+    """Random prompts and, for each, replies that end at the cap or with a stop token; five tokens more lie behind."""
     rng = random.Random(seed)
     prompts = [[rng.randrange(100, 999) for _ in range(rng.randint(1, 4 * size))] for _ in range(groups)]
     replies, caps = [], []
@@ -84,7 +84,7 @@ def problem(seed, groups=6, size=4):
         lengths = [rng.randint(1, 5 * size) for _ in range(size)]
         stops = [rng.random() < 0.6 for _ in lengths]
         replies.append([
-            [rng.randrange(100, 999) for _ in range(n - stop)] + [STOP] * stop + [rng.randrange(100, 999)] * 2
+            [rng.randrange(100, 999) for _ in range(n - stop)] + [STOP] * stop + [rng.randrange(100, 999)] * 5
             for n, stop in zip(lengths, stops, strict=True)
         ])  # fmt: skip
         caps.append([n + 3 * stop for n, stop in zip(lengths, stops, strict=True)])

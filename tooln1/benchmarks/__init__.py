@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tooln1.data import Example
 from tooln1.errors import UserError
 
-NAMES = ("examples",)
+NAMES = ("examples", "bfcl", "acebench", "api_bank")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class Verdict:
 
     ok: bool
     why: str  # a short, countable name of the first fault, such as "wrong_arguments"; "" when ok
+    also: Mapping[str, bool] = field(default_factory=dict)  # other rules -> right by them; each gets rows of its own
+
+
+def row_by_rule(category: str, rule: str) -> str:
+    """The row of the table in which a category counts by one of the rules of `Verdict.also`."""
+    return f"{category}, {rule}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,8 @@ class Benchmark(Protocol):
         """Name -> figure, in the order of printing, the main figure last.
 
         A share of cases is a Tally, a mean of means a number. A category without cases is absent from
-        `by_category`, and what cannot be computed without it from the result.
+        `by_category`, and what cannot be computed without it from the result. Where verdicts have other rules,
+        `by_category` has their rows too (`row_by_rule`).
         """
 
 
