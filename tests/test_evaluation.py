@@ -151,7 +151,7 @@ def test_a_limit_marks_the_results_as_partial(by_hand, capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"--bench": "bfcl=x"}, "no benchmark 'bfcl'; --bench takes NAME=PATH with NAME one of examples"),
+        ({"--bench": "no_such=x"}, "no benchmark 'no_such'; --bench takes NAME=PATH with NAME one of examples"),
         ({"--bench": "examples"}, "such as examples=heldout.jsonl; found 'examples'"),
         ({"--bench": "examples=nowhere.jsonl"}, "cannot read nowhere.jsonl"),
         ({"--predictions": "nowhere.jsonl"}, "cannot read nowhere.jsonl"),

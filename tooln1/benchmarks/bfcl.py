@@ -1,0 +1,164 @@
+"""BFCL, the Berkeley Function-Calling Leaderboard: its 13 single-turn categories, scored as the paper's Table 2.
+
+`load` reads the data of a bfcl-eval installation or a gorilla checkout; the rules are those of bfcl-eval 2026.3.23
+(the checker of the paper's date gives the same verdicts) with the released Tool-N1 handler in front: the first call
+block of a reply counts, and reasoning is not looked for. Deviations: where the official run crashes ("raises:...") or
+hangs, the reply is wrong; call blocks of more than `prompt.MAX_JSON_LENGTH` characters are not read.
+
+Some entries differ from those of the paper's date (CHANGED_SINCE_PAPER), and some nobody can win (NEVER_RIGHT).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tooln1.benchmarks import Tally, Verdict
+from tooln1.benchmarks.bfcl_checker import Call, ast_fault
+from tooln1.benchmarks.bfcl_data import (
+    CATEGORIES,
+    CHANGED_SINCE_PAPER,
+    IRRELEVANCE,
+    LIVE,
+    NEVER_RIGHT,
+    RELEVANCE,
+    SIMPLE,
+    BfclCase,
+    language_of,
+    load,
+)
+from tooln1.errors import atomic_write
+from tooln1.prompt import call_blocks, read_json
+
+__all__ = [
+    "CATEGORIES", "CHANGED_SINCE_PAPER", "NEVER_RIGHT", "BfclCase", "export", "load", "score", "score_output", "totals",
+]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ scoring
+
+
+def score(case: BfclCase, completion: str, think: bool = True) -> Verdict:
+    """The verdict on a reply; `why` is the official error type. Thinking is neither asked for nor looked at."""
+    return score_output(case, stored_output(completion))
+
+
+def stored_output(completion: str) -> Any:
+    """What the released handler stores of a reply: the JSON value in its first call block, else None."""
+    block = next(call_blocks(completion), None)
+    try:
+        return None if block is None else read_json(block)
+    except ValueError:
+        return None
+
+
+def score_output(case: BfclCase, model_output: Any) -> Verdict:
+    """The verdict on what a reply's call block holds (`stored_output`): any JSON value."""
+    calls = decoded(model_output)
+    well_formed = calls is not None and all(type(arguments) is dict for call in calls for arguments in call.values())
+    if case.category in IRRELEVANCE:
+        why = "irrelevance_error:decoder_success" if well_formed and calls else ""
+    elif case.category in RELEVANCE:
+        why = "" if well_formed and calls else "relevance_error:decoder_failed"
+    elif calls is None:
+        why = "ast_decoder:decoder_failed"
+    elif not well_formed:
+        why = "ast_decoder:decoder_wrong_output_format"
+    else:
+        why = ast_fault(case.category, calls, case.gold, case.functions, language_of(case.category))
+    return Verdict(not why, why)
+
+
+def decoded(output: Any) -> list[Call] | None:
+    """[{name: arguments}] of a list of calls, the arguments of any type; None where the released handler fails.
+
+    An empty string or object decodes to no calls, as an empty list does; a single call that is not in a list fails.
+    """
+    if output in ("", {}):
+        return []
+    if not isinstance(output, list):
+        return None
+    calls = []
+    for item in output:
+        if not isinstance(item, dict) or not {"name", "arguments"} <= item.keys():
+            return None
+        if isinstance(item["name"], list | dict):
+            return None
+        calls.append({item["name"]: item["arguments"]})
+    return calls
+
+
+# ------------------------------------------------------------------------------------------------------- totals
+
+
+def totals(by_category: dict[str, Tally]) -> dict[str, Tally | float]:
+    """The averages of the paper's Table 2, which takes those of the leaderboard.
+
+    "simple" and "non-live" are means of categories, "live" counts entries, "overall" is the mean of the two. The
+    paper's own rows are so; its baselines' "live" (and overall) counts the relevance categories as well, and is
+    comparable with "live with relevance". "irrelevance mean" is that of the two categories.
+    """
+    figures = {name: tally.accuracy for name, tally in by_category.items()}
+    result: dict[str, Tally | float] = {}
+
+    def add_mean(name: str, parts: Iterable[str]) -> None:
+        known = [figures.get(part) for part in parts]
+        if None not in known:
+            result[name] = figures[name] = statistics.fmean(known)
+
+    def add_sum(name: str, parts: Iterable[str]) -> None:
+        tallies = [by_category.get(part) for part in parts]
+        if None not in tallies:
+            result[name] = Tally(sum(tally.right for tally in tallies), sum(tally.count for tally in tallies))
+            figures[name] = result[name].accuracy
+
+    add_mean("simple", SIMPLE)
+    add_mean("non-live", ("simple", "multiple", "parallel", "parallel_multiple"))
+    add_sum("live", LIVE)
+    add_mean("irrelevance mean", IRRELEVANCE)
+    add_sum("live with relevance", (*LIVE, "live_irrelevance", *RELEVANCE))
+    add_mean("overall with relevance", ("non-live", "live with relevance"))
+    add_mean("overall", ("non-live", "live"))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------- export
+
+OFFICIAL_MODEL = "Salesforce/Llama-xLAM-2-8b-fc-r"
+
+
+def export(
+    predictions: Mapping[str, str], cases: Iterable[BfclCase], directory: str | os.PathLike, model: str = OFFICIAL_MODEL
+) -> list[Path]:
+    """Write replies as result files that `bfcl evaluate --result-dir directory --model model` scores as `score` does.
+
+    predictions: id -> the reply's text; a case without one is left out (the official command then asks for
+                 --partial-eval, and does not count it).
+    model:       under whose name bfcl-eval finds the results, and whose handler decodes them. bfcl-eval knows no
+                 Tool-N1; xLAM-2's handler reads the JSON list that a call block holds, keeps dots in names, and for
+                 "" fails to decode. So a reply becomes its call block, or "" where the Tool-N1 handler fails.
+    Returns the files, <directory>/<model>/<non_live or live>/BFCL_v4_<category>_result.json.
+    """
+    rows: dict[str, list[dict]] = {}
+    for case in cases:
+        if case.id in predictions:
+            rows.setdefault(case.category, []).append({"id": case.id, "result": _result(predictions[case.id])})
+    files = []
+    for category, results in rows.items():
+        group = "live" if category.startswith("live_") else "non_live"
+        files.append(Path(directory, model.replace("/", "_"), group, f"BFCL_v4_{category}_result.json"))
+        with atomic_write(files[-1]) as file:
+            file.writelines(json.dumps(row) + "\n" for row in results)
+    return files
+
+
+def _result(completion: str) -> str:
+    """The text of a reply's calls for a handler that expects a JSON list."""
+    output = stored_output(completion)
+    if decoded(output) is None:
+        return ""
+    return next(call_blocks(completion)) if isinstance(output, list) else "[]"
