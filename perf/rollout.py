@@ -1,0 +1,232 @@
+"""The rollout engine: is it right, and how fast is it beside transformers' generate and the hardware's limit?
+
+    python perf/rollout.py                    # on the CPU: checks, then the demo model and one of 25M parameters
+    python perf/rollout.py --device cuda      # checks, then Qwen2.5 shapes with random bf16 weights
+    python perf/rollout.py --only check
+
+Where transformers is installed it is timed in the same run, in turns with ours: same model, prompts and number of new
+tokens, at its best batch size. Prints tables and one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from shapes import DEMO, lognormal_lengths, machine, parameters, print_table, qwen2, random_prompts, small
+
+from tooln1.model import Transformer, load_model, random_model, save_model, sequence_logits
+from tooln1.rollout import Sampler
+
+try:
+    import transformers
+except ImportError:
+    transformers = None
+
+# ------------------------------------------------------------------------------------------------ correctness
+
+
+def peak_by_formula(prompts: list[list[int]], lengths: list[list[int]], size: int) -> int:
+    """Most pages ever in use when all replies grow in step: a group's full pages once, each row's others."""
+
+    def pages(tokens: int) -> int:
+        return -(-tokens // size)
+
+    peak = sum(pages(len(prompt)) for prompt in prompts)
+    for t in range(1, max(max(group) for group in lengths)):
+        used = 0
+        for prompt, group in zip(prompts, lengths, strict=True):
+            alive = sum(length > t for length in group)
+            used += (alive > 0) * (len(prompt) // size)
+            used += alive * (pages(len(prompt) + t) - len(prompt) // size)
+        peak = max(peak, used)
+    return peak
+
+
+def check(name: str, model: Transformer, device: str) -> dict:
+    """Identical tokens however they are sampled; log-probs of a plain pass; exact prefill and pages. Raises if not."""
+    rng = random.Random(0)
+    vocab, group_size = model.config.vocab_size, 5
+    prompts = random_prompts(rng, [rng.randint(3, 150) for _ in range(12)], vocab)
+    caps = lognormal_lengths(rng, len(prompts) * group_size, 30, 0.7, 100)
+    stops = [rng.randrange(vocab) for _ in range(3)]
+    fp32 = model.head.dtype == torch.float32
+    result = {"model": name, "rows": len(caps), "greedy_tokens": 0, "worst_logprob": 0.0, "preemptions": 0}
+    size = 128 if device == "cuda" else 32
+    for temperature in (0.0, 0.7):
+        base = Sampler(model, stops, page_size=size)
+        how = {"group_size": group_size, "temperature": temperature, "seed": 1}
+        want = {(r.group, r.sample): r for r in base.generate(prompts, max_new_tokens=caps, **how)}
+        assert base.stats.prefilled == sum(map(len, prompts)), "prefilled tokens are not the prompts' lengths"
+        lengths = [[len(want[g, s].reply) for s in range(group_size)] for g in range(len(prompts))]
+        if not base.lookahead:
+            assert base.stats.peak_pages == peak_by_formula(prompts, lengths, size), "pages in use"
+        for rollout in want.values():
+            logits = sequence_logits(model, rollout.prompt + rollout.reply)[len(rollout.prompt) - 1 : -1]
+            plain = torch.log_softmax(logits / (temperature or 1), -1)[range(len(rollout.reply)), rollout.reply]
+            gap = (plain.cpu() - torch.tensor(rollout.logprobs)).abs().max().item()
+            result["worst_logprob"] = max(result["worst_logprob"], gap)
+        result["greedy_tokens" if temperature == 0 else "sampled_tokens"] = sum(map(sum, lengths))
+        if not fp32:  # in bf16 a draw depends on the batch by rounding
+            continue
+        order = rng.sample(range(len(prompts)), len(prompts))
+        longest = max(map(len, prompts)) + max(caps)
+        settings = [{"rows": 1}, {"rows": 64}, {"rows": 7, "prefill_tokens": 50}]
+        if size == 32:  # pages of the CPU can be small, and so can the pool: rows are put back again and again
+            settings.append({"page_size": 8, "cache_tokens": -(-longest // 8) * 8 + 64})
+        for setting in settings:
+            sampler = Sampler(model, stops, **{"page_size": size} | setting)
+            shuffled = [caps[i * group_size + s] for i in order for s in range(group_size)]
+            got = sampler.generate([prompts[i] for i in order], keys=order, max_new_tokens=shuffled, **how)
+            same = all(want[order[r.group], r.sample].reply == r.reply for r in got)
+            assert same, f"{name} at temperature {temperature}: other tokens with {setting}"
+            result["preemptions"] += sampler.stats.preemptions
+    assert result["worst_logprob"] < (1e-4 if fp32 else 0.2), result
+    return result
+
+
+def check_all(device: str) -> list[dict]:
+    """`check` on random tiny models and the demo."""
+    shapes = {"tiny GQA 6:1": qwen2(96, 3, 12, 2, 128, 300, True), "tiny MHA": qwen2(64, 2, 4, 4, 96, 300, False)}
+    done = []
+    for name, config in shapes.items():
+        done.append(check(name, random_model(config, 0, device=device), device))
+        if device == "cuda":
+            done.append(check(name + ", bf16", random_model(config, 0, torch.bfloat16, device), device))
+    return [*done, check("demo", load_model(DEMO, device=device), device)]
+
+
+# ------------------------------------------------------------------------------------------------ the peer
+
+
+class Peer:
+    """transformers' generate on the same weights, told when to stop each row."""
+
+    def __init__(self, model: Transformer):
+        dtype, device = model.head.dtype, model.head.device
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(model, Path(folder) / "model")
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=dtype)
+        self.model = self.model.to(device).eval()
+
+    def sample(self, prompts: list[list[int]], group_size: int, caps: list[int], at_once: int) -> None:
+        """The replies, `at_once` prompts a batch, prompts of like length together."""
+        device, order = self.model.device, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), at_once):
+            batch = order[start : start + at_once]
+            width = max(len(prompts[i]) for i in batch)
+            ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in batch], device=device)
+            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=device)
+            own = [cap for i in batch for cap in caps[i * group_size : (i + 1) * group_size]]
+            limit = torch.tensor(own, device=device)
+
+            def long_enough(ids, scores, limit=limit, width=width, **_):
+                return ids.shape[1] - width >= limit
+
+            criteria = transformers.StoppingCriteriaList([long_enough])
+            self.model.generate(
+                ids, attention_mask=mask, do_sample=True, temperature=0.7, top_k=0, top_p=1.0,
+                num_return_sequences=group_size, max_new_tokens=max(own), pad_token_id=0, eos_token_id=None,
+                stopping_criteria=criteria, use_cache=True,
+            )  # fmt: skip
+
+
+def seconds(work) -> float:
+    """Wall-clock of one call."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+# ------------------------------------------------------------------------------------------------ CPU
+
+
+def cpu_race(name: str, model: Transformer, batch_sizes: list[int], repeats: int) -> dict:
+    """16 prompts of 200 to 900 tokens x 8 replies of ~100 tokens (at most 512): tokens/s, in turns with the peer."""
+    rng = random.Random(0)
+    prompts = random_prompts(rng, [rng.randint(200, 900) for _ in range(16)], model.config.vocab_size)
+    caps = lognormal_lengths(rng, 128, 100, 0.8, 512)
+    sampler = Sampler(model, [])
+
+    def ours() -> None:
+        sampler.generate(prompts, 8, 0.7, caps, seed=1)
+
+    peer = Peer(model) if transformers else None
+    ours()
+    result = {"model": name, "parameters": parameters(model.config), "new_tokens": sum(caps)}
+    best = batch_sizes[0]
+    if peer:
+        tried = {size: seconds(lambda size=size: peer.sample(prompts, 8, caps, size)) for size in batch_sizes}
+        best = min(tried, key=tried.get)
+        result["peer_seconds_by_prompts_at_once"] = tried
+    pairs = []
+    for _ in range(repeats):
+        pairs.append((seconds(ours), seconds(lambda: peer.sample(prompts, 8, caps, best)) if peer else None))
+    result["seconds"] = statistics.median(own for own, _ in pairs)
+    result["tokens_per_s"] = sum(caps) / result["seconds"]
+    if peer:
+        result["peer_tokens_per_s"] = sum(caps) / statistics.median(other for _, other in pairs)
+        result["ratio"] = statistics.median(other / own for own, other in pairs)
+        result["ratios"] = [round(other / own, 2) for own, other in pairs]
+        result["peer_prompts_at_once"] = best
+    return result | {"stats": vars(sampler.stats)}
+
+
+def cpu(repeats: int) -> list[dict]:
+    """Both models, as a table."""
+    demo = load_model(DEMO)
+    demo.config.raw["max_position_embeddings"] = 4096  # the workload is longer than what the demo was made for
+    runs = [
+        cpu_race("demo", demo, [1, 2, 4], repeats),
+        cpu_race("25M", random_model(small(), 0), [1, 2], repeats),
+    ]
+    rows = [("model", "parameters", "tokens/s", "generate", "its prompts at once", "ratio")]
+    for run in runs:
+        other = (run.get("peer_tokens_per_s", "-"), run.get("peer_prompts_at_once", "-"), run.get("ratio", "-"))
+        rows.append((run["model"], run["parameters"], run["tokens_per_s"], *other))
+    print_table(rows)
+    return runs
+
+
+def main() -> None:
+    """Check, time, print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", choices=("check", "time"), help="one half")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sizes", nargs="+", default=["1.5B", "3B", "7B"], help="on CUDA: shapes of Qwen2.5")
+    parser.add_argument("--prompts", nargs="+", type=int, default=[64, 256], help="on CUDA: prompts of 5 replies")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    print(f"{machine()}; torch {torch.__version__}, transformers {transformers and transformers.__version__}")
+    results = {"machine": machine(), "torch": torch.__version__}
+    if args.only != "time":
+        results["check"] = check_all(args.device)
+        print_table([tuple(results["check"][0]), *(tuple(one.values()) for one in results["check"])])
+    if args.only != "check":
+        if args.device == "cuda":
+            from rollout_gpu import gpu
+
+            results["gpu"] = gpu(args.sizes, args.prompts, Peer if transformers else None)
+        else:
+            results["cpu"] = cpu(args.repeats)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Model shapes and workloads that the benchmarks share."""
+
+from __future__ import annotations
+
+import math
+import platform
+import random
+from pathlib import Path
+
+import torch
+
+from tooln1.model import ModelConfig, Transformer, parse_config
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "assets" / "demo" / "model"
+
+
+def qwen2(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, vocab: int, tied: bool) -> ModelConfig:
+    """A Qwen2 of this shape, as transformers would write its config."""
+    return parse_config(
+        {
+            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "vocab_size": vocab,
+            "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+            "tie_word_embeddings": tied, "max_position_embeddings": 32768, "use_sliding_window": False,
+            "torch_dtype": "float32",
+        },
+        "perf",
+    )  # fmt: skip
+
+
+def small() -> ModelConfig:
+    """About 25M parameters with a vocabulary of 8k: what two CPU cores can move."""
+    return qwen2(512, 8, 8, 2, 1408, 8192, True)
+
+
+def qwen2p5(size: str) -> ModelConfig:
+    """The published shapes of Qwen2.5: 0.5B, 1.5B, 3B, 7B, 14B."""
+    return {
+        "0.5B": lambda: qwen2(896, 24, 14, 2, 4864, 151936, True),
+        "1.5B": lambda: qwen2(1536, 28, 12, 2, 8960, 151936, True),
+        "3B": lambda: qwen2(2048, 36, 16, 2, 11008, 151936, True),
+        "7B": lambda: qwen2(3584, 28, 28, 4, 18944, 152064, False),
+        "14B": lambda: qwen2(5120, 48, 40, 8, 13824, 152064, False),
+    }[size]()
+
+
+def parameters(config: ModelConfig) -> int:
+    """How many parameters a model of this shape has."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Transformer(config).parameters())
+
+
+def lognormal_lengths(rng: random.Random, count: int, mean: float, sigma: float, most: int) -> list[int]:
+    """`count` lengths, lognormal around `mean`, at least 8 and at most `most`."""
+    mu = math.log(mean) - sigma**2 / 2
+    return [min(most, max(8, round(rng.lognormvariate(mu, sigma)))) for _ in range(count)]
+
+
+def random_prompts(rng: random.Random, lengths: list[int], vocab: int) -> list[list[int]]:
+    """Prompts of random token ids."""
+    return [[rng.randrange(vocab) for _ in range(length)] for length in lengths]
+
+
+def machine() -> str:
+    """The processor or GPU, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def print_table(rows: list[tuple]) -> None:
+    """Rows of words and numbers in columns; the first row is the head."""
+    words = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in words) for i in range(len(words[0]))]
+    for row in words:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  " + "  ".join([row[0].ljust(widths[0]), *cells[1:]]))
