@@ -1,0 +1,259 @@
+"""API-Bank in call mode: one call, asked for at each API turn of a dialogue, with the dialogue's tools described.
+
+    level 1   all dialogues of level-1-given-desc, 399 cases: 389 API turns, 10 of them twice, as the official
+              evaluation counts them (it asks again for a turn that follows another API turn)
+    level 2   the dialogues of level-2-toolsearcher that search for their tools, 67 cases: as ToolRL does, the
+              searches are left out of cases and history, and the tools are described
+
+Each reply is scored twice. The main score is level 1 by equality.
+
+    name and arguments equal   one call, equal to the recorded one; recorded values are strings all, also numbers and
+                               lists, which is what the last turn of a case asks for
+    ToolRL soft match          `soft_match`: any of the calls is right
+
+Neither is the official score, which executes the call and compares the results. Against its verdicts on 1,739
+recorded calls, intact and altered, equality agrees in 1,604 (92.2 %). Equal but wrong there are 84: a list as the
+string that is recorded (55), results that hang on earlier turns, which are not replayed (17), parameters that the
+tool does not have (6), the letter case of a recorded result (6). Unequal but right are 51: space around a value (21),
+numbers and lists in their own type (11), letter case (8), text and fields that the tool compares loosely or not at
+all (11). How the paper scored is not known; its figures are not comparable.
+The last call block of a reply counts, as in training, and reasoning is not looked for.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tooln1.benchmarks import Case, Tally, Verdict, row_by_rule
+from tooln1.data import checked_example
+from tooln1.errors import UserError
+from tooln1.jsonl import field, kind_of, read_rows
+from tooln1.prompt import XLAM_SYSTEM, parse_reply, read_json
+from tooln1.rewards import fault_of
+
+LEVELS = {"level-1-given-desc": "level 1", "level-2-toolsearcher": "level 2"}
+EQUAL, SOFT = "name and arguments equal", "ToolRL soft match"
+SEARCH = "ToolSearcher"
+# The last turn of every case: most histories end with the assistant, and the official prompt names the year too.
+REQUEST = (
+    "Make the one tool call that this conversation needs next, and write every argument value as a string. "
+    "The year is 2023."
+)
+
+
+# ------------------------------------------------------------------------------------------------------ scoring
+
+
+def score(case: Case, completion: str, think: bool = True) -> Verdict:
+    """The verdict on a reply: equality (`why` as `rewards.Fault`, without no_think), the soft match beside it."""
+    why = fault_of(completion, case.gold, think=False)
+    (gold,) = map(_with_parameters, case.gold)
+    soft = soft_match(list(map(_with_parameters, parse_reply(completion).calls or [])), gold)
+    return Verdict(why == "none", "" if why == "none" else why, {SOFT: soft})
+
+
+def soft_match(tool_calls: list, answer: dict | list[dict]) -> bool:
+    """ToolRL's verdict (its evaluate.py): any call has the answer's name and parameters.
+
+    tool_calls: JSON values; a string is read as JSON once more. What lacks "name" or "parameters" is taken for the
+                parameters of a call to the right function; what cannot be looked at ends the search.
+    answer:     {"name", "parameters"}, or a list that begins with it.
+    """
+    gold = answer[0] if isinstance(answer, list) else answer
+    try:
+        return any(_soft_equal(call, gold) for call in tool_calls)
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+def _soft_equal(call: Any, gold: dict) -> bool:
+    if isinstance(call, str):
+        call = read_json(call)
+    if "name" in call and "parameters" in call:
+        return call["name"] == gold["name"] and call["parameters"] == gold["parameters"]
+    return call == gold["parameters"]
+
+
+def _with_parameters(call: dict) -> dict:
+    """A call of ours with ToolRL's keys."""
+    return {"name": call["name"], "parameters": call["arguments"]}
+
+
+def totals(by_category: dict[str, Tally]) -> dict[str, Tally | float]:
+    """Both levels together by each rule, counting cases, then the main score: level 1 by equality."""
+    result: dict[str, Tally | float] = {}
+    for rule in (SOFT, EQUAL):
+        rows = [row_by_rule(level, SOFT) if rule == SOFT else level for level in LEVELS.values()]
+        if all(row in by_category for row in rows):
+            tallies = [by_category[row] for row in rows]
+            both = Tally(sum(tally.right for tally in tallies), sum(tally.count for tally in tallies))
+            result[row_by_rule("levels 1 and 2", rule)] = both
+    if "level 1" in by_category:
+        result[row_by_rule("level 1", EQUAL)] = by_category["level 1"]
+    return result
+
+
+# -------------------------------------------------------------------------------------------------------- cases
+
+
+def load(path: str | os.PathLike) -> list[Case]:
+    """The cases of both levels, or of the one that is there; ids "<folder>/<dialogue>/<official sample number>".
+
+    path: the official api-bank folder, a checkout of DAMO-ConvAI, or any folder with lv1-lv2-samples or the folders
+    of LEVELS in it (a level may also be one file of {"file", "turns"} rows, such as level-1-given-desc.jsonl). The
+    tools are described in api_docs.json there or in a folder above, else in the official apis/*.py, which are read,
+    not run. Raises UserError for a folder without dialogues or descriptions and, naming file and row, for turns
+    that are not of API-Bank's shape, ids given twice and tools without a description.
+    """
+    path = Path(path)
+    dialogues = {folder: _dialogues(found) for folder in LEVELS if (found := _samples(path, folder))}
+    if not dialogues:
+        raise UserError(
+            f"{path} holds no API-Bank dialogues: expected {' or '.join(LEVELS)} there or under lv1-lv2-samples, "
+            "as in the official api-bank folder"
+        )
+    tools, seen = _tools(path), set()
+    return [
+        case
+        for folder, found in dialogues.items()
+        for name, turns in found
+        for case in _cases(folder, name, turns, tools, seen)
+    ]
+
+
+def _cases(folder: str, name: str, turns: list[tuple[str, dict]], tools: dict, seen: set[str]) -> Iterator[Case]:
+    """The cases of one dialogue, [(where, turn)]; `seen` collects the ids of all."""
+    called = {turn["api_name"]: where for where, turn in reversed(turns) if turn["role"] == "API"}
+    searches = LEVELS[folder] == "level 2"
+    if searches and SEARCH not in called:
+        return
+    offered = sorted(called.keys() - {SEARCH} if searches else called)
+    for api in offered:
+        if api not in tools:
+            raise UserError(f"{called[api]}: the tool {api!r} is called, but nothing describes it")
+    asked = set()
+    for number, index in enumerate(_official_samples([turn for _, turn in turns])):
+        where, turn = turns[index]
+        if turn["role"] != "API" or (searches and (turn["api_name"] == SEARCH or index in asked)):
+            continue
+        asked.add(index)
+        answer = [{"name": turn["api_name"], "arguments": turn["param_dict"]}]
+        past = [earlier for _, earlier in turns[:index] if earlier.get("api_name") != SEARCH or not searches]
+        example = {
+            "id": f"{folder}/{name}/{number}", "source": LEVELS[folder], "system": XLAM_SYSTEM,
+            "tools": [tools[api] for api in offered], "answer": answer,
+            "messages": [*(message for earlier in past for message in _messages(earlier)),
+                         {"role": "user", "content": REQUEST}],
+        }  # fmt: skip
+        yield Case(example["id"], LEVELS[folder], checked_example(example, where, seen), answer)
+
+
+def _official_samples(turns: list[dict]) -> Iterator[int]:
+    """The turns that the official evaluation asks for, by its numbers: each API turn and the one after it."""
+    for index, turn in enumerate(turns):
+        if turn["role"] == "API":
+            yield index
+            if index + 1 < len(turns):
+                yield index + 1
+
+
+def _messages(turn: dict) -> list[dict]:
+    """A turn of the history; an API turn is a call and its result, as in the training data."""
+    if turn["role"] != "API":
+        return [{"role": {"User": "user", "AI": "assistant"}[turn["role"]], "content": turn["text"]}]
+    call = [{"name": turn["api_name"], "arguments": turn["param_dict"]}]
+    result = turn["result"]
+    results = [{"name": turn["api_name"], "results": result.get("exception") or result.get("output")}]
+    return [{"role": "assistant", "content": json.dumps(call)}, {"role": "tool", "content": json.dumps(results)}]
+
+
+# -------------------------------------------------------------------------------------------------------- files
+
+SAMPLE_FOLDERS = (".", "lv1-lv2-samples", "api-bank/lv1-lv2-samples")
+
+
+def _samples(path: Path, folder: str) -> Path | None:
+    """The folder or file of a level's dialogues."""
+    places = [path / place / f"{folder}{end}" for end in ("", ".jsonl") for place in SAMPLE_FOLDERS]
+    return next((place for place in places if place.exists()), None)
+
+
+def _dialogues(found: Path) -> list[tuple[str, list[tuple[str, dict]]]]:
+    """[(name, [(where, turn)])] of a level, by name."""
+    if found.is_dir():
+        files = [file for file in sorted(found.glob("*.jsonl")) if file.stat().st_size]  # one official file is empty
+        if not files:
+            raise UserError(f"{found} holds no dialogues: expected files such as QueryStock-level-1-1.jsonl")
+        dialogues = [(file.stem, read_rows(file)) for file in files]
+    else:
+        dialogues = []
+        for where, row in read_rows(found):
+            turns = enumerate(field(row, "turns", list, where))
+            named = Path(field(row, "file", str, where)).stem
+            dialogues.append((named, [(f"{where}, turn {number}", turn) for number, turn in turns]))
+    for _, turns in dialogues:
+        for where, turn in turns:
+            _check_turn(turn, where)
+    return dialogues
+
+
+def _check_turn(turn: Any, where: str) -> None:
+    if not isinstance(turn, dict):
+        raise UserError(f"{where}: expected a turn, found {kind_of(turn)}")
+    shapes = {
+        "User": {"text": str}, "AI": {"text": str}, "API": {"api_name": str, "param_dict": dict, "result": dict},
+    }  # fmt: skip
+    role = field(turn, "role", str, where)
+    if role not in shapes:
+        raise UserError(f'{where}: unknown role "{role}"; known are {", ".join(shapes)}')
+    for key, kind in shapes[role].items():
+        field(turn, key, kind, where)
+
+
+def _tools(path: Path) -> dict[str, dict]:
+    """Name -> tool as the model sees it: name, description, parameters."""
+    folders = [path / "api-bank", path, *list(path.resolve().parents)[:2]]
+    for folder in folders:
+        if (folder / "api_docs.json").exists():
+            rows = read_rows(folder / "api_docs.json")
+            break
+        if files := sorted((folder / "apis").glob("*.py")):
+            rows = [row for file in files for row in _documents(file)]
+            break
+    else:
+        raise UserError(
+            f"nothing describes the tools of {path}: expected api_docs.json "
+            '([{"name", "description", "input_parameters"}, ...]) or the official apis folder, there or one above'
+        )
+    return {
+        field(row, "name", str, where): {
+            "name": row["name"],
+            "description": field(row, "description", str, where),
+            "parameters": field(row, "input_parameters", dict, where),
+        }
+        for where, row in rows
+    }
+
+
+def _documents(file: Path) -> Iterator[tuple[str, dict]]:
+    """The tools that an official apis/*.py defines: classes with a description and input parameters."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            row = {"name": node.name}
+            for line in node.body:
+                if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+                    try:
+                        row[line.targets[0].id] = ast.literal_eval(line.value)
+                    except (ValueError, TypeError):  # computed, so no description
+                        continue
+            if "input_parameters" in row:
+                yield f"{file}, class {node.name}", row
