@@ -1,177 +1,223 @@
 """Evaluate a model, or a file of its replies, on benchmarks.
 
-    python eval.py --bench examples=assets/demo/heldout.jsonl --model runs/demo/hf --out runs/demo/eval
-    torchrun --standalone --nproc-per-node 8 eval.py --bench ... --model DIR --out DIR
+    python eval.py --bench bfcl=DIR acebench=DIR api_bank=DIR --model DIR --out DIR
+    torchrun --standalone --nproc-per-node 8 eval.py --bench ... --model DIR --base-model DIR --out DIR
     python eval.py --bench examples=heldout.jsonl --predictions replies.jsonl --out DIR      # no model needed
 
 The --out folder then holds predictions.jsonl (written as replies come: after a kill the same command goes on
-from there), settings.json (what they were made with), results.json and failures.jsonl.
-Exit code 0: scored; 1: scored, but cases without a usable prediction count as wrong; 2: a mistake to mend.
+from there), settings.json (what they were made with), results.json and failures.jsonl; base/ holds the same of
+--base-model, made with the same settings.
+Exit code 0: scored; 1: scored, but not as the whole benchmark is: categories are missing, or cases without a usable
+prediction count as wrong; 2: a mistake to mend.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from tooln1.benchmarks import Case
-from tooln1.distributed import World, launch, sample_everywhere
+from tooln1.benchmarks import NAMES, bfcl
+from tooln1.distributed import World, launch
 from tooln1.errors import UserError, atomic_write, exit_on_user_error
 from tooln1.evaluation import (
-    CONFLICTING,
-    NO_PREDICTION,
+    CHANGED,
+    MAKE_THE_SCORE_WRONG,
+    WORDINGS,
+    Asking,
     Bench,
+    Key,
     Prediction,
     Predictions,
+    answer,
     failures,
     load_benches,
     match_predictions,
-    problem_lines,
     problems,
     score_bench,
     summarise,
-    table,
 )
+from tooln1.evaluation_table import comparison, footnotes, note_lines, problem_lines, table
 from tooln1.jsonl import read_rows
-from tooln1.metrics import JsonlLog, progress, read_jsonl, to_json
-from tooln1.model import Transformer, load_model
-from tooln1.prompt import build_messages
+from tooln1.metrics import JsonlLog, read_jsonl, to_json
+from tooln1.model import Transformer, load_model, read_config
 from tooln1.rollout import Sampler
-from tooln1.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from tooln1.tokenizer import TOKENIZER_FILES, load_tokenizer
 
-WORDINGS = {"train": "train", "released": "released_handler"}  # --prompt -> build_messages' name for it
 NOT_COMPARED = ("model", "data")  # paths may move; what lies there is compared by its fingerprint
+PREDICTIONS, PARTS = "predictions.jsonl", "predictions.rank*.jsonl"  # parts: of other ranks, until the end of a run
 
 
 def evaluate(options: argparse.Namespace, world: World) -> int:
-    """Generate what is missing (or read --predictions), score, print, write; returns the exit code."""
-    benches = load_benches(options.bench, options.limit)
+    """Generate what is missing (or read --predictions), score, write, print; returns the exit code."""
+    benches = load_benches(options.bench, options.limit, options.bfcl_changed)
+    if options.export_bfcl and "bfcl" not in [bench.name for bench in benches]:
+        raise UserError("--export-bfcl writes the replies to bfcl, which --bench does not name.")
     out = Path(options.out)
-    if options.predictions:
-        predictions = match_predictions(read_rows(options.predictions), benches)
-        own = out / "predictions.jsonl"
-        if own.exists() and not own.samefile(options.predictions):
-            raise UserError(f"{out} holds other predictions; choose another --out for {options.predictions}.")
-        settings, samples = {"predictions": options.predictions, "think": options.think}, predictions.samples
-    else:
-        predictions, settings = generate(options, world, benches, out)
-        samples = options.samples
-    if not world.main:
-        return 0
-    scored = {bench.name: score_bench(bench, predictions, samples, options.think) for bench in benches}
-    found = problems(predictions, scored)
-    wrong = bool(found[NO_PREDICTION] or found[CONFLICTING])
+    runs = {out: ("ours", options.predictions or options.model)}
+    if options.base_model:
+        read_config(options.base_model)  # a model that is not there is told now, not when the first one is through
+        runs[out / "base"] = ("base", options.base_model)
+    results, wrong = {}, False
+    for folder, (role, source) in runs.items():
+        if options.predictions:
+            predictions, settings = from_file(options, benches, folder)
+        else:
+            predictions, settings = generate(options, world, benches, source, folder)
+        if world.main:
+            result = write_results(benches, predictions, settings, folder)
+            results[f"{role}: {'/'.join(Path(source).parts[-2:])}"] = result
+            wrong |= any(result["problems"][kind] for kind in MAKE_THE_SCORE_WRONG)
+            if role == "ours" and options.export_bfcl:
+                export_bfcl(benches, predictions, options.export_bfcl)
+    if world.main:
+        print_results(benches, results)
+        for folder, result in zip(runs, results.values(), strict=True):
+            print(f"written: {folder / 'results.json'}, {folder / 'failures.jsonl'}")
+            for line in problem_lines(options.predictions or str(folder / PREDICTIONS), result["problems"]):
+                print(line, file=sys.stderr)
+    return int(wrong)
+
+
+def from_file(options: argparse.Namespace, benches: Sequence[Bench], out: Path) -> tuple[Predictions, dict]:
+    """(the predictions in the file --predictions, what is known of how they were made)."""
+    predictions = match_predictions(read_rows(options.predictions), benches)
+    own = out / PREDICTIONS
+    if own.exists() and not own.samefile(options.predictions):
+        raise UserError(f"{out} holds other predictions; choose another --out for {options.predictions}.")
+    if options.export_bfcl and predictions.samples > 1:
+        raise UserError(f"--export-bfcl takes one reply a case; {options.predictions} has {predictions.samples}.")
+    settings = {"predictions": options.predictions, "think": options.think, "samples": predictions.samples}
+    return predictions, settings
+
+
+def write_results(benches: Sequence[Bench], predictions: Predictions, settings: dict, out: Path) -> dict:
+    """Score; write results.json and failures.jsonl into `out`; returns what results.json holds."""
+    scored = {bench.name: score_bench(bench, predictions, settings["samples"], settings["think"]) for bench in benches}
+    found = problems(benches, predictions, scored)
     whole = all(len(bench.chosen) == len(bench.cases) for bench in benches)
     results = {
-        "complete": whole and not wrong,  # the score is that of the whole benchmark
+        "complete": whole and not any(found[kind] for kind in MAKE_THE_SCORE_WRONG),  # of all cases of all benchmarks
         "settings": settings,
         "problems": found,
-        "benchmarks": {bench.name: summarise(bench, scored[bench.name]) for bench in benches},
+        "benchmarks": {
+            bench.name: summarise(bench, scored[bench.name]) | {"notes": footnotes(bench)} for bench in benches
+        },
     }
     with atomic_write(out / "failures.jsonl") as file:
         for bench in benches:
             file.writelines(to_json(row) + "\n" for row in failures(bench, scored[bench.name]))
     with atomic_write(out / "results.json") as file:
         file.write(json.dumps(results, indent=2) + "\n")
-    print("\n\n".join(table(name, result) for name, result in results["benchmarks"].items()))
-    print(f"\nwritten: {out / 'results.json'}, {out / 'failures.jsonl'}")
-    for line in problem_lines(options.predictions or str(out / "predictions.jsonl"), found):
-        print(line, file=sys.stderr)
-    return int(wrong)
+    return results
+
+
+def print_results(benches: Sequence[Bench], results: dict[str, dict]) -> None:
+    """Each benchmark's figures in detail for the first of the models, then side by side with the others and the paper.
+
+    results: label -> what `write_results` returned.
+    """
+    for bench in benches:
+        by_model = {label: result["benchmarks"][bench.name] for label, result in results.items()}
+        first = next(iter(by_model.values()))
+        parts = [table(bench.name, first), comparison(bench.name, by_model), note_lines(first["notes"])]
+        print("\n\n".join(filter(None, parts)), end="\n\n")
+
+
+def export_bfcl(benches: Sequence[Bench], predictions: Predictions, directory: str) -> None:
+    """Write the replies to BFCL for the official `bfcl evaluate`; what counts as wrong without a look is left out."""
+    (chosen,) = (bench.chosen for bench in benches if bench.name == "bfcl")
+    replies = {
+        case_id: prediction.completion
+        for (name, case_id, sample), prediction in predictions.found.items()
+        if name == "bfcl" and prediction.asked and (name, case_id, sample) not in predictions.conflicting
+    }
+    folder = Path(directory).resolve()  # bfcl-eval takes other paths from its own folder
+    files = bfcl.export(replies, chosen, folder)
+    left_out = sum(case.id not in replies for case in chosen)
+    part = " --partial-eval" if left_out else ""
+    print(f"{len(files)} files for bfcl-eval, {left_out} cases left out. To score them:")
+    print(f"bfcl evaluate --result-dir {folder} --model {bfcl.OFFICIAL_MODEL}{part}\n")
 
 
 # ------------------------------------------------------------------------------------------------- generating
 
 
 def generate(
-    options: argparse.Namespace, world: World, benches: Sequence[Bench], out: Path
+    options: argparse.Namespace, world: World, benches: Sequence[Bench], source: str, out: Path
 ) -> tuple[Predictions, dict]:
-    """(all predictions, the settings they are made with); those already in `out` are kept, the others made.
+    """(a model's predictions, the settings they are made with); those already in `out` are kept, the others made.
 
-    Every rank reads the same file and comes to the same plan; the first one writes.
+    Every rank writes its own down as they come; in the end they all stand in predictions.jsonl.
     """
-    wording = WORDINGS[options.prompt]
-    messages = {
-        bench.name: [build_messages(case.example, options.think, wording=wording) for case in bench.cases]
-        for bench in benches
-    }
+    if world.device.type == "cuda":  # what is left of a model before
+        gc.collect()
+        torch.cuda.empty_cache()
+    asking = Asking(**{name: getattr(options, name) for name in Asking.__dataclass_fields__})
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32  # as train.py samples
-    tokenizer = load_tokenizer(options.model)
-    model = load_model(options.model, dtype, world.device, tokenizer.vocab_size)
+    tokenizer = load_tokenizer(source)
+    model = load_model(source, dtype, world.device, tokenizer.vocab_size)
     settings = {
-        "model": options.model, "data": {bench.name: bench.path for bench in benches},
-        "model_fingerprint": model_fingerprint(model), "dtype": str(dtype).removeprefix("torch."),
-        "prompt": options.prompt, "think": options.think, "max_reply_tokens": options.max_reply_tokens,
-        "temperature": options.temperature, "samples": options.samples, "seed": options.seed,
-        **{f"prompts_of_{bench.name}": prompts_fingerprint(bench, messages[bench.name]) for bench in benches},
+        "model": source, "data": {bench.name: bench.path for bench in benches},
+        "model_fingerprint": model_fingerprint(model), "context": model.config.raw.get("max_position_embeddings"),
+        "dtype": str(dtype).removeprefix("torch."), **asdict(asking),
+        **{f"prompts_of_{bench.name}": prompts_fingerprint(bench, asking) for bench in benches},
     }  # fmt: skip
-    file = out / "predictions.jsonl"
-    check_same_settings(out, settings)
-    rows = enumerate(read_jsonl(file) if file.exists() else [], start=1)
-    predictions = match_predictions(((f"{file}, line {number}", row) for number, row in rows), benches)
-    world.wait()  # nobody writes while another still reads
-    log = None
-    if world.main:
-        with atomic_write(out / "settings.json") as settings_file:
-            settings_file.write(json.dumps(settings, indent=2) + "\n")
-        log = JsonlLog(file)
-    sampler = Sampler(model, tokenizer.stop_ids, options.rows)
+    predictions = resume(out, settings, benches, world)
+    log = JsonlLog(out / (PREDICTIONS if world.main else PARTS.replace("*", str(world.rank))))
+
+    def keep(key: Key, prediction: Prediction) -> None:
+        log.append(dict(zip(("bench", "id", "sample"), key, strict=True)) | asdict(prediction))
+
+    sampler = Sampler(model, tokenizer.stop_ids, options.rows or (512 if world.device.type == "cuda" else 64))
     for bench in benches:
-        prompts = [
-            tokenizer.encode(tokenizer.render(turns, add_generation_prompt=True))
-            for turns in messages[bench.name][: options.limit]
-        ]
-        answer(bench, prompts, predictions, log, sampler, tokenizer, options, world)
-    if log:
-        log.close()
+        predictions.found.update(answer(bench, sampler, tokenizer, world, asking, predictions.found, keep))
+    log.close()
+    world.wait()
+    if world.main:
+        gather_parts(out)
     return predictions, settings
 
 
-def answer(
-    bench: Bench, prompts: Sequence[list[int]], predictions: Predictions, log: JsonlLog | None,
-    sampler: Sampler, tokenizer: Tokenizer, options: argparse.Namespace, world: World,
-) -> None:  # fmt: skip
-    """Add to `predictions`, and to `log`, replies to the chosen cases that still lack one, batch by batch."""
+def resume(out: Path, settings: dict, benches: Sequence[Bench], world: World) -> Predictions:
+    """The predictions in `out`, which must have been made with the same settings; afterwards ranks may write there."""
+    check_same_settings(out, settings)
+    world.wait()  # nobody writes while another still looks
+    file = out / PREDICTIONS
+    if world.main:
+        with atomic_write(out / "settings.json") as settings_file:
+            settings_file.write(json.dumps(settings, indent=2) + "\n")
+        gather_parts(out)
+    world.wait()
+    if not (out / "settings.json").exists():
+        raise UserError(f"{out}: not seen by rank {world.rank}; --out must be on storage that all nodes share.")
+    rows = enumerate(read_jsonl(file) if file.exists() else [], start=1)
+    predictions = match_predictions(((f"{file}, line {number}", row) for number, row in rows), benches)
+    world.wait()  # all ranks have come to the same plan
+    return predictions
 
-    def is_right(case: Case, completion: str) -> bool:
-        return bench.rules.score(case, completion, options.think).ok
 
-    found, cases, samples = predictions.found, bench.chosen, options.samples
-    keys = [[(bench.name, case.id, sample) for sample in range(samples)] for case in cases]
-    # Prompts of like length share a batch, the longest first: if memory is short, that shows at once.
-    longest_first = sorted(range(len(cases)), key=lambda i: -len(prompts[i]))
-    missing = [i for i in longest_first if any(key not in found for key in keys[i])]
-    present = set(range(len(cases))).difference(missing)
-    right = sum(is_right(cases[i], found[key].completion) for i in present for key in keys[i])
-    replies = len(present) * samples
-    batch_size = max(1, options.rows // samples) * world.size if options.rows else len(cases)
-    with progress(len(cases) * samples, bench.name, "replies", world.main) as bar:
-        bar.update(replies)
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            rollouts = sample_everywhere(
-                sampler, world, [prompts[i] for i in batch], keys=batch, group_size=samples,
-                temperature=options.temperature, max_new_tokens=options.max_reply_tokens, seed=options.seed,
-                on_finished=bar.update,
-            )  # fmt: skip
-            for rollout in rollouts:
-                case, key = cases[batch[rollout.group]], keys[batch[rollout.group]][rollout.sample]
-                prediction = Prediction(tokenizer.decode(rollout.reply), rollout.finished)
-                right += is_right(case, prediction.completion)
-                if key in found:  # the kill came between two samples of a case
-                    continue
-                found[key] = prediction
-                if log:
-                    log.append(dict(zip(("bench", "id", "sample"), key, strict=True)) | vars(prediction))
-            replies += len(rollouts)
-            bar.n = replies  # of all ranks; until here it counted this one's
-            bar.set_postfix_str(f"accuracy {right / replies:.3f}")
+def gather_parts(out: Path) -> None:
+    """Move what other ranks wrote to predictions.jsonl; a kill in between neither loses nor repeats a line."""
+    parts = sorted(out.glob(PARTS))
+    if not parts:
+        return
+    log = JsonlLog(out / PREDICTIONS)
+    there = {to_json(row) for row in read_jsonl(log.path)}
+    for part in parts:
+        for row in read_jsonl(part):
+            if to_json(row) not in there:
+                log.append(row)
+    log.close()
+    for part in parts:
+        part.unlink()
 
 
 def check_same_settings(out: Path, settings: dict) -> None:
@@ -185,7 +231,7 @@ def check_same_settings(out: Path, settings: dict) -> None:
             if name not in NOT_COMPARED and before.get(name) != settings.get(name)
         ]
     except FileNotFoundError:
-        if (out / "predictions.jsonl").exists():
+        if (out / PREDICTIONS).exists():
             raise UserError(f"{out} holds predictions, but no settings.json beside them. {way_out}") from None
         return
     except (OSError, ValueError, AttributeError, TypeError) as error:
@@ -194,10 +240,9 @@ def check_same_settings(out: Path, settings: dict) -> None:
         raise UserError(f"{out} holds predictions made with other settings: {'; '.join(changed)}. {way_out}")
 
 
-def prompts_fingerprint(bench: Bench, messages: list[list[dict]]) -> str:
+def prompts_fingerprint(bench: Bench, asking: Asking) -> str:
     """A hash of the ids of all cases and of what the model is asked in each."""
-    ids = [case.id for case in bench.cases]
-    return _hash(json.dumps([ids, messages]).encode())
+    return _hash(json.dumps([(case.id, asking.messages(case)) for case in bench.cases]).encode())
 
 
 def model_fingerprint(model: Transformer) -> str:
@@ -234,33 +279,40 @@ def _at_least(kind: type, least: float):
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
+    asking, count = Asking(), _at_least(int, 1)
+    # fmt: off
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--bench", nargs="+", required=True, metavar="NAME=PATH",
-                        help="benchmarks and their data: examples=FILE.jsonl")
+                        help=f"benchmarks and their data: {', '.join(NAMES)}")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="Hugging Face folder or hub id")
     source.add_argument("--predictions", metavar="FILE", help='score these: JSON lines {"id", "completion"}')
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--limit", type=_at_least(int, 1), metavar="N", help="only the first N cases of each")
+    parser.add_argument("--limit", type=count, metavar="N", help="only the first N cases of each")
+    parser.add_argument("--bfcl-changed", choices=CHANGED, default=CHANGED[0],
+                        help="BFCL's entries that changed after the paper's date: count them (all), not, or only them")
     parser.add_argument("--no-think", dest="think", action="store_false",
                         help="neither ask for reasoning nor look for it")
+    parser.add_argument("--export-bfcl", metavar="DIR", help="write the replies to BFCL for the official bfcl evaluate")
     made = parser.add_argument_group("how replies are made (with --model)")
     choices = [
-        made.add_argument("--prompt", choices=tuple(WORDINGS), default="train",
+        made.add_argument("--base-model", metavar="MODEL", help="ask this one the same, and print its row beside"),
+        made.add_argument("--prompt", choices=tuple(WORDINGS), default=asking.prompt,
                           help="wording: that of training (default), or of the released BFCL handler"),
-        made.add_argument("--max-reply-tokens", type=_at_least(int, 1), default=4096, metavar="N",
-                          help="a longer reply is cut off there (4096)"),
-        made.add_argument("--temperature", type=_at_least(float, 0), default=0.0, help="0: greedy (default)"),
-        made.add_argument("--samples", type=_at_least(int, 1), default=1, metavar="N",
-                          help="replies to each case, for mean and spread; needs a temperature (1)"),
-        made.add_argument("--seed", type=_at_least(int, 0), default=0, help="of the sampling (0)"),
-        made.add_argument("--rows", type=_at_least(int, 0), default=64, metavar="N",
-                          help="replies in flight in each process (64); 0: all, saved at the end"),
-        made.add_argument("--threads", type=_at_least(int, 1), metavar="N",
-                          help="CPU threads of a process (torch's choice)"),
-    ]  # fmt: skip
+        made.add_argument("--max-reply-tokens", type=count, default=asking.max_reply_tokens, metavar="N",
+                          help="a longer reply is cut off there (%(default)s)"),
+        made.add_argument("--temperature", type=_at_least(float, 0), default=asking.temperature,
+                          help="0: greedy (default)"),
+        made.add_argument("--samples", type=count, default=asking.samples, metavar="N",
+                          help="replies to each case, for mean and spread; needs a temperature (%(default)s)"),
+        made.add_argument("--seed", type=_at_least(int, 0), default=asking.seed, help="of the sampling (%(default)s)"),
+        made.add_argument("--rows", type=count, metavar="N",
+                          help="most replies in flight in each process (on CUDA 512, else 64)"),
+        made.add_argument("--threads", type=count, metavar="N", help="CPU threads of a process (torch's choice)"),
+    ]
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="auto: a GPU if there is one")  # fmt: skip
+                        help="auto: a GPU if there is one")
+    # fmt: on
     options = parser.parse_args(argv)
     if options.predictions:
         for choice in choices:
@@ -268,6 +320,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 parser.error(f"{choice.option_strings[0]} is of no use: with --predictions no reply is made")
     if options.samples > 1 and options.temperature == 0:
         parser.error("--samples needs a --temperature above 0: greedy replies are all alike")
+    if options.samples > 1 and options.export_bfcl:
+        parser.error("--export-bfcl takes one reply a case, not --samples")
     return options
 
 

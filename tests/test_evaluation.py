@@ -13,7 +13,15 @@ from tooln1.benchmarks import Case, Tally, Verdict, benchmark
 from tooln1.benchmarks import examples as examples_benchmark
 from tooln1.data import Example, write_examples
 from tooln1.errors import UserError, exit_on_user_error
-from tooln1.evaluation import Bench, load_benches, match_predictions, score_bench, summarise, table
+from tooln1.evaluation import (
+    Bench,
+    load_benches,
+    match_predictions,
+    metrics_of,
+    score_bench,
+    summarise,
+)
+from tooln1.evaluation_table import table
 
 ONE, TWO = {"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 2}}
 REPLIES = [
@@ -119,6 +127,7 @@ def test_what_makes_the_score_wrong_is_named_and_changes_the_exit_code(by_hand, 
     assert result["problems"] == {
         "no_prediction": [third["id"]],
         "conflicting_predictions": [second["id"]],
+        "missing_categories": [],
         "repeated_predictions": [first["id"]],
         "unknown_ids": ["other"],
     }
@@ -145,7 +154,7 @@ def test_a_limit_marks_the_results_as_partial(by_hand, capsys):
     assert not result["complete"] and result["problems"]["unknown_ids"] == []
     overall = result["benchmarks"]["examples"]["totals"]["overall"]
     assert overall == {"accuracy": 0.25, "right": 1, "replies": 4}
-    assert "PARTIAL: the first 4 of 9 cases" in capsys.readouterr().out
+    assert "PARTIAL: 4 of 9 cases (--limit" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -180,7 +189,11 @@ def test_mistakes_are_sentences_and_write_nothing(by_hand, monkeypatch, capsys, 
     ("arguments", "words"),
     [
         (["--predictions", "x", "--temperature", "1"], "--temperature is of no use"),
+        (["--predictions", "x", "--base-model", "y"], "--base-model is of no use"),
         (["--model", "x", "--samples", "2"], "--samples needs a --temperature above 0"),
+        (["--model", "x", "--samples", "2", "--temperature", "1", "--export-bfcl", "z"], "one reply a case"),
+        (["--model", "x", "--rows", "0"], "argument --rows: must be at least 1, not 0"),
+        (["--model", "x", "--bfcl-changed", "maybe"], "invalid choice: 'maybe'"),
         (["--model", "x", "--limit", "0"], "argument --limit: must be at least 1, not 0"),
         (["--model", "x", "--temperature", "nan"], "argument --temperature: must be at least 0, not nan"),
         (["--model", "x", "--predictions", "y"], "not allowed with argument"),
@@ -204,7 +217,8 @@ def test_predictions_of_another_origin_are_kept_out_of_a_models_folder(by_hand, 
 
 
 def make_bench(name: str, ids: str, rules=examples_benchmark) -> Bench:
-    return Bench(name, f"{name}.jsonl", rules, [Case(id_, id_, example(id_, id_, []), []) for id_ in ids])
+    cases = [Case(id_, id_, example(id_, id_, []), []) for id_ in ids]
+    return Bench(name, f"{name}.jsonl", rules, cases, cases)
 
 
 def test_an_id_of_two_benchmarks_needs_to_say_which():
@@ -241,7 +255,7 @@ def test_a_total_may_be_a_mean_of_means():
 
     bench = make_bench("fake", "abc", Rules)
     first, second, third = bench.cases
-    bench = replace(bench, cases=[replace(first, category="X"), replace(second, category="X"), third])
+    bench = replace(bench, chosen=[replace(first, category="X"), replace(second, category="X"), third])
     said = {("a", 0): "yes", ("b", 0): "no", ("c", 0): "yes", ("a", 1): "no", ("b", 1): "no", ("c", 1): "yes"}
     rows = [("w", {"id": id_, "sample": sample, "completion": text}) for (id_, sample), text in said.items()]
     predictions = match_predictions(rows, [bench])
@@ -262,3 +276,38 @@ def test_a_total_may_be_a_mean_of_means():
         "  fault  share  replies",
         "  no     0.500        3",
     ]
+
+
+def test_other_rules_have_rows_of_their_own_and_faults_count_for_them_too():
+    class Rules:
+        @staticmethod
+        def score(case: Case, completion: str, think: bool) -> Verdict:
+            return Verdict(completion == "yes", "no", {"lax": completion in ("yes", "maybe")})
+
+        @staticmethod
+        def totals(by_category: dict[str, Tally]) -> dict[str, Tally]:
+            return {"all, lax": by_category["C, lax"], "all": by_category["C"]}
+
+    bench = make_bench("fake", "abcd", Rules)
+    bench = replace(bench, chosen=[replace(case, category="C") for case in bench.cases])
+    rows = [("w", {"id": id_, "completion": text}) for id_, text in zip("abc", ("yes", "maybe", "no"), strict=True)]
+    predictions = match_predictions(rows, [bench])
+    result = summarise(bench, score_bench(bench, predictions, 1, True))
+    counts = {label: (figure["right"], figure["replies"]) for label, figure in result["categories"].items()}
+    assert counts == {"C": (1, 4), "C, lax": (2, 4)}
+    assert list(result["totals"]) == ["all, lax", "all"]
+    assert {why: fault["replies"] for why, fault in result["faults"].items()} == {"no": 2, "no_prediction": 1}
+    assert metrics_of(bench, predictions.found, True) == {"fake_all_lax": 0.5, "fake_all": 0.25}
+    assert metrics_of(bench, {}, True) == {"fake_all_lax": 0.0, "fake_all": 0.0}
+
+
+def test_a_prompt_that_was_not_asked_is_wrong_even_where_silence_is_right():
+    class Rules:
+        @staticmethod
+        def score(case: Case, completion: str, think: bool) -> Verdict:
+            return Verdict(completion == "", "spoke")
+
+    bench = make_bench("fake", "ab", Rules)
+    rows = [("w", {"id": "a", "completion": ""}), ("w", {"id": "b", "completion": "", "asked": False})]
+    scored = score_bench(bench, match_predictions(rows, [bench]), 1, True)
+    assert [row.verdict for row in scored] == [Verdict(True, "spoke"), Verdict(False, "prompt_too_long")]

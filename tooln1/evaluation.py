@@ -1,24 +1,43 @@
-"""Scoring without a model: predictions to verdicts, results, a table and a list of failures.
+"""Benchmarks from cases to figures: what a model answers, or what a file says it did, and what that is worth.
 
-    cases and predictions -> `score_bench` -> `summarise` -> results.json, `table`
-                                           -> `failures`  -> failures.jsonl
+    --bench NAME=PATH   -> `load_benches`      -> cases
+    a model             -> `answer`            -> predictions
+    a predictions file  -> `match_predictions` -> predictions
+    cases, predictions  -> `score_bench` -> `summarise` -> results.json, printed by evaluation_table.py
+                                         -> `failures`  -> failures.jsonl
+
+train.py goes the same way with its held-out examples, so that the two agree.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tooln1.benchmarks import Benchmark, Case, Tally, Verdict, benchmark
+from tooln1.benchmarks import Benchmark, Case, Tally, Verdict, benchmark, row_by_rule
+from tooln1.benchmarks import examples as examples_benchmark
+from tooln1.data import Example
+from tooln1.distributed import World, sample_everywhere
 from tooln1.errors import UserError
 from tooln1.jsonl import field as json_field
+from tooln1.metrics import progress
+from tooln1.model import Transformer
+from tooln1.prompt import build_messages
+from tooln1.rollout import Rollout, Sampler
+from tooln1.tokenizer import Tokenizer
 
-# What may be wrong with a predictions file; the first two are faults of a case as well.
-NO_PREDICTION, CONFLICTING = "no_prediction", "conflicting_predictions"
+# What may be wrong with data and predictions; the first two are faults of a case as well.
+NO_PREDICTION, CONFLICTING, MISSING_CATEGORIES = "no_prediction", "conflicting_predictions", "missing_categories"
 REPEATED, UNKNOWN = "repeated_predictions", "unknown_ids"
+MAKE_THE_SCORE_WRONG = (NO_PREDICTION, CONFLICTING, MISSING_CATEGORIES)
+TOO_LONG = "prompt_too_long"  # for the model's context: a fault of a case
+WORDINGS = {"train": "train", "released": "released_handler"}  # eval.py's --prompt -> build_messages' wording
+CHANGED = ("all", "leave-out", "only")  # what to do with the cases that changed since the paper
 Key = tuple[str, str, int]  # benchmark, case id, sample
 
 
@@ -30,12 +49,29 @@ class Bench:
     path: str
     rules: Benchmark
     cases: list[Case]
-    limit: int | None = None  # only the first so many are evaluated; None: all
+    chosen: list[Case]  # those to evaluate
 
     @property
-    def chosen(self) -> list[Case]:
-        """The cases to evaluate."""
-        return self.cases[: self.limit]
+    def missing_categories(self) -> list[str]:
+        """Categories that the benchmark has and the data lack."""
+        there = {case.category for case in self.cases}
+        return [category for category in getattr(self.rules, "CATEGORIES", ()) if category not in there]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a model is asked."""
+
+    prompt: str = "train"  # a key of WORDINGS
+    think: bool = True  # ask for reasoning
+    max_reply_tokens: int = 4096
+    temperature: float = 0.0  # 0: greedy
+    samples: int = 1  # replies to each case
+    seed: int = 0  # of the sampling
+
+    def messages(self, case: Case) -> list[dict]:
+        """The chat that asks for a reply."""
+        return build_messages(case.example, self.think, wording=WORDINGS[self.prompt])
 
 
 @dataclass(frozen=True)
@@ -44,6 +80,10 @@ class Prediction:
 
     completion: str
     finished: bool | None = None  # ended with a stop token; None: its file does not say
+    asked: bool = True  # False: the model's context cannot hold the prompt
+
+
+NOT_ASKED = Prediction("", asked=False)
 
 
 @dataclass(frozen=True)
@@ -74,10 +114,12 @@ class Scored:
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def load_benches(arguments: Sequence[str], limit: int | None = None) -> list[Bench]:
+def load_benches(arguments: Sequence[str], limit: int | None = None, changed: str = "all") -> list[Bench]:
     """The benchmarks of `--bench NAME=PATH ...`.
 
-    Raises UserError for a name that is unknown or given twice, and for data that cannot be read.
+    limit:   choose only the first so many cases of each.
+    changed: one of CHANGED, for a benchmark that names the cases which changed since the paper.
+    Raises UserError for a name that is unknown or given twice, for data that cannot be read, and for no case left.
     """
     benches = []
     for argument in arguments:
@@ -87,16 +129,28 @@ def load_benches(arguments: Sequence[str], limit: int | None = None) -> list[Ben
         if name in [bench.name for bench in benches]:
             raise UserError(f"--bench names {name} twice; put the second into a run of its own.")
         rules = benchmark(name)
-        benches.append(Bench(name, path, rules, rules.load(path), limit))
+        cases = chosen = rules.load(path)
+        ids = set(getattr(rules, "CHANGED_SINCE_PAPER", ()))
+        if ids and changed != "all":
+            chosen = [case for case in cases if (case.id in ids) == (changed == "only")]
+        if not chosen:
+            raise UserError(f"{path}: none of its {len(cases)} cases changed since the paper, so none is chosen.")
+        benches.append(Bench(name, path, rules, cases, chosen[:limit]))
     return benches
+
+
+def held_out_bench(path: str, examples: Sequence[Example]) -> Bench:
+    """Held-out examples as a benchmark of the name "heldout"."""
+    cases = examples_benchmark.cases_of(examples)
+    return Bench("heldout", path, examples_benchmark, cases, cases)
 
 
 def match_predictions(rows: Iterable[tuple[str, dict]], benches: Sequence[Bench]) -> Predictions:
     """Sort the rows of a predictions file, [(where, row)], to the cases they answer.
 
     A row is {"id", "completion"}, where needed with "bench" (for ids that several benchmarks have) and
-    "sample" (0, 1, ..., of several replies to a case); "finished" is kept, other keys do no harm. Raises
-    UserError for values of another type and for an id of two benchmarks when the row does not say which.
+    "sample" (0, 1, ..., of several replies to a case); "finished" and "asked" are kept, other keys do no harm.
+    Raises UserError for values of another type and for an id of two benchmarks when the row does not say which.
     """
     ids = {bench.name: {case.id for case in bench.cases} for bench in benches}
     found, conflicting, repeated, unknown = {}, set(), [], []
@@ -115,7 +169,8 @@ def match_predictions(rows: Iterable[tuple[str, dict]], benches: Sequence[Bench]
             continue
         key = (answers[0], name, sample)
         if key not in found:
-            found[key] = Prediction(completion, finished if isinstance(finished, bool) else None)
+            finished = finished if isinstance(finished, bool) else None
+            found[key] = Prediction(completion, finished, row.get("asked") is not False)
         elif found[key].completion == completion:
             repeated.append(name)
         else:
@@ -123,7 +178,75 @@ def match_predictions(rows: Iterable[tuple[str, dict]], benches: Sequence[Bench]
     return Predictions(found, conflicting, repeated, unknown)
 
 
+# ----------------------------------------------------------------------------------------------------- asking
+
+
+def answer(
+    bench: Bench, sampler: Sampler, tokenizer: Tokenizer, world: World, asking: Asking,
+    found: Mapping[Key, Prediction] | None = None,
+    on_reply: Callable[[Key, Prediction], None] = lambda key, prediction: None,
+) -> dict[Key, Prediction]:  # fmt: skip
+    """Predictions for the chosen cases: those `found`, and the others, made on all ranks and known to all afterwards.
+
+    A prompt that the model's context cannot hold is not asked, and a reply is cut off where the context ends.
+    `on_reply` is told of each new prediction of this rank as soon as it is there. The bar shows this rank's accuracy.
+    """
+    wanted = {(bench.name, case.id, sample): case for case in bench.chosen for sample in range(asking.samples)}
+    found = {key: prediction for key, prediction in (found or {}).items() if key in wanted}
+    missing = {case.id: case for key, case in wanted.items() if key not in found}
+    prompts = {name: _prompt_ids(tokenizer, asking.messages(case)) for name, case in missing.items()}
+    context = context_tokens(sampler.model)
+    asked = [name for name, prompt in prompts.items() if len(prompt) < context]
+    too_long = {key: NOT_ASKED for key in wanted if len(prompts.get(key[1], ())) >= context}
+    place = {case.id: number for number, case in enumerate(bench.cases)}  # names a case for the randomness
+    oks: list[bool] = []
+
+    def count(key: Key, prediction: Prediction, replies: int = 1) -> None:
+        oks.append(verdict(bench, wanted[key], prediction, asking.think).ok)
+        bar.set_postfix_str(f"accuracy {sum(oks) / len(oks):.3f}", refresh=False)
+        bar.update(replies)
+
+    def made(key: Key, prediction: Prediction, replies: int = 1) -> None:
+        if key not in found:  # it is, where a kill came between two samples of a case
+            count(key, prediction, replies)
+            on_reply(key, prediction)
+
+    def named(rollout: Rollout) -> tuple[Key, Prediction]:
+        key = (bench.name, asked[rollout.group], rollout.sample)
+        return key, Prediction(tokenizer.decode(rollout.reply), rollout.finished)
+
+    with progress(len(wanted), bench.name, "replies", world.main) as bar:
+        if world.main:
+            for item in found.items():
+                count(*item)
+            for item in too_long.items():
+                made(*item)
+        rollouts = sample_everywhere(
+            sampler, world, [prompts[name] for name in asked], keys=[place[name] for name in asked],
+            group_size=asking.samples, temperature=asking.temperature, seed=asking.seed,
+            max_new_tokens=[min(asking.max_reply_tokens, context - len(prompts[name])) for name in asked],
+            on_finished=lambda rollout: made(*named(rollout), replies=world.size),
+        ) if asked else []  # fmt: skip
+    return {**too_long, **dict(map(named, rollouts)), **found}
+
+
+def context_tokens(model: Transformer) -> float:
+    """Tokens of prompt and reply together that the model was made for; inf where its config does not say."""
+    return model.config.raw.get("max_position_embeddings") or math.inf
+
+
+def _prompt_ids(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
+    return tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
+
+
 # ---------------------------------------------------------------------------------------------------- scoring
+
+
+def verdict(bench: Bench, case: Case, prediction: Prediction | None, think: bool) -> Verdict:
+    """What a prediction is worth; none at all, and one to a question that was not asked, is wrong."""
+    if prediction is None:
+        return Verdict(False, NO_PREDICTION)
+    return bench.rules.score(case, prediction.completion, think) if prediction.asked else Verdict(False, TOO_LONG)
 
 
 def score_bench(bench: Bench, predictions: Predictions, samples: int, think: bool) -> list[Scored]:
@@ -133,24 +256,25 @@ def score_bench(bench: Bench, predictions: Predictions, samples: int, think: boo
         for case in bench.chosen:
             key = (bench.name, case.id, sample)
             prediction = predictions.found.get(key)
-            if prediction is None:
-                verdict = Verdict(False, NO_PREDICTION)
-            elif key in predictions.conflicting:
-                verdict = Verdict(False, CONFLICTING)
-            else:
-                verdict = bench.rules.score(case, prediction.completion, think)
-            scored.append(Scored(case, sample, prediction, verdict))
+            conflicting = key in predictions.conflicting
+            worth = Verdict(False, CONFLICTING) if conflicting else verdict(bench, case, prediction, think)
+            scored.append(Scored(case, sample, prediction, worth))
     return scored
 
 
 def summarise(bench: Bench, scored: Sequence[Scored]) -> dict[str, Any]:
     """The results of one benchmark as plain JSON: accuracies, faults and the number of cut-off replies.
 
-    With several samples an accuracy is the mean over them, and "spread" their standard deviation (n - 1).
+    With several samples an accuracy is the mean over them, and "spread" their standard deviation (n - 1). Where
+    verdicts know other rules, categories have a row for each of them as well.
     """
+    rules = bench.rules.score(bench.chosen[0], "", True).also  # also where no case has a prediction
     by_sample: dict[int, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for row in scored:
         by_sample[row.sample][row.case.category].append(row.verdict.ok)
+    for rule in rules:
+        for row in scored:
+            by_sample[row.sample][row_by_rule(row.case.category, rule)].append(row.verdict.also.get(rule, False))
     tallies = [
         {category: Tally(sum(oks), len(oks)) for category, oks in categories.items()}
         for categories in by_sample.values()
@@ -161,14 +285,14 @@ def summarise(bench: Bench, scored: Sequence[Scored]) -> dict[str, Any]:
         "cases": len(bench.chosen),
         "cases_in_data": len(bench.cases),
         "samples": len(tallies),
-        "categories": {name: _over_samples([tally[name] for tally in tallies]) for name in tallies[0]},
-        "totals": _totals([bench.rules.totals(tally) for tally in tallies]),
+        "categories": _figures(tallies),
+        "totals": _figures([bench.rules.totals(tally) for tally in tallies]),
         "faults": {why: {"replies": n, "share": n / len(scored)} for why, n in faults.most_common()},
         "truncated": sum(row.prediction is not None and row.prediction.finished is False for row in scored),
     }
 
 
-def _totals(by_sample: Sequence[dict[str, Tally | float]]) -> dict[str, dict]:
+def _figures(by_sample: Sequence[Mapping[str, Tally | float]]) -> dict[str, dict]:
     return {name: _over_samples([figures[name] for figures in by_sample]) for name in by_sample[0]}
 
 
@@ -181,6 +305,12 @@ def _over_samples(figures: Sequence[Tally | float]) -> dict[str, Any]:
     if all(isinstance(figure, Tally) for figure in figures):
         result |= {"right": sum(f.right for f in figures), "replies": sum(f.count for f in figures)}
     return result
+
+
+def metrics_of(bench: Bench, predictions: dict[Key, Prediction], think: bool) -> dict[str, float]:
+    """The totals under names for a log, such as "bfcl_overall"."""
+    totals = summarise(bench, score_bench(bench, Predictions(predictions), 1, think))["totals"]
+    return {re.sub(r"\W+", "_", f"{bench.name}_{name}"): figure["accuracy"] for name, figure in totals.items()}
 
 
 def failures(bench: Bench, scored: Sequence[Scored]) -> list[dict[str, Any]]:
@@ -202,68 +332,15 @@ def failures(bench: Bench, scored: Sequence[Scored]) -> list[dict[str, Any]]:
     ]
 
 
-def problems(predictions: Predictions, scored: dict[str, list[Scored]]) -> dict[str, list[str]]:
-    """What is wrong with a predictions file: kind -> ids. The first two kinds make the score wrong.
+def problems(benches: Sequence[Bench], predictions: Predictions, scored: dict[str, list[Scored]]) -> dict[str, list]:
+    """What is wrong with data and predictions: kind -> ids.
 
     scored: benchmark -> its scored cases.
     """
-    found = {NO_PREDICTION: [], CONFLICTING: [], REPEATED: predictions.repeated, UNKNOWN: predictions.unknown}
+    found: dict[str, list] = {NO_PREDICTION: [], CONFLICTING: []}
+    found[MISSING_CATEGORIES] = [f"{bench.name} {name}" for bench in benches for name in bench.missing_categories]
     for row in (row for rows in scored.values() for row in rows):
         if row.verdict.why in (NO_PREDICTION, CONFLICTING):
             sample = f" (sample {row.sample})" if row.sample else ""
             found[row.verdict.why].append(row.case.id + sample)
-    return found
-
-
-# --------------------------------------------------------------------------------------------------- printing
-
-
-def table(name: str, result: dict[str, Any]) -> str:
-    """One benchmark's results for people: accuracy by category and in total, then the faults."""
-    partial = result["cases"] < result["cases_in_data"]
-    lines = [f"{name}: {result['cases']} cases of {result['path']}"]
-    if partial:
-        lines.append(f"PARTIAL: the first {result['cases']} of {result['cases_in_data']} cases (--limit)")
-    if result["samples"] > 1:
-        lines.append(f"mean ± standard deviation over {result['samples']} samples")
-    rows = [("category", "accuracy", "right")]
-    rows += [_row(label, figure) for label, figure in result["categories"].items()]
-    rows += [_row(label, figure) for label, figure in result["totals"].items()]
-    lines += ["", *_columns(rows)]
-    if result["faults"]:
-        rows = [("fault", "share", "replies")]
-        for why, fault in result["faults"].items():
-            rows.append((why, f"{fault['share']:.3f}", str(fault["replies"])))
-        lines += ["", *_columns(rows)]
-    if result["truncated"]:
-        lines += ["", f"{result['truncated']} replies were cut off at --max-reply-tokens"]
-    return "\n".join(lines)
-
-
-def _row(label: str, figure: dict[str, Any]) -> tuple[str, str, str]:
-    accuracy = f"{figure['accuracy']:.3f}"  # as train.py logs heldout_accuracy
-    if "spread" in figure:
-        accuracy += f" ± {figure['spread']:.3f}"
-    return label, accuracy, f"{figure['right']}/{figure['replies']}" if "right" in figure else ""
-
-
-def _columns(rows: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Rows of three, the first flush left, the others flush right, indented."""
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return [f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}".rstrip() for a, b, c in rows]
-
-
-def problem_lines(source: str, found: dict[str, list[str]]) -> list[str]:
-    """The problems of a predictions file in words, a line each."""
-    meaning = {
-        NO_PREDICTION: "cases without a prediction, counted as wrong",
-        CONFLICTING: "cases with several different predictions, counted as wrong",
-        REPEATED: "lines that repeat an earlier one, left out",
-        UNKNOWN: "predictions for an id that no case has, left out",
-    }
-    lines = []
-    for kind, ids in found.items():
-        if ids:
-            named = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
-            lines.append(f"{source}: {meaning[kind]}: {len(ids)} ({named})")
-    return lines
+    return found | {REPEATED: predictions.repeated, UNKNOWN: predictions.unknown}

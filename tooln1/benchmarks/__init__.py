@@ -6,7 +6,12 @@ A benchmark is a module of this package with three functions (`Benchmark`):
     score(case, completion, think)      whether one reply is right, and if not, why
     totals(by_category)                 the figures under the categories, the main one last
 
-To add one: write the module and put its name into NAMES.
+and, where they apply, names that eval.py looks for:
+
+    CATEGORIES                          all that the data should have; one that they lack is reported
+    NEVER_RIGHT, CHANGED_SINCE_PAPER    ids of cases that nobody can win, and of those that the paper had otherwise
+
+To add one: write the module and put its name into NAMES; the paper's rows for it go into paper.py.
 """
 
 from __future__ import annotations

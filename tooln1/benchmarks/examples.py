@@ -6,15 +6,21 @@ The category is the example's source. `why` is the fault that `tooln1.rewards.Fa
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from tooln1.benchmarks import Case, Tally, Verdict
-from tooln1.data import read_examples
+from tooln1.data import Example, read_examples
 from tooln1.rewards import fault_of
 
 
 def load(path: str | os.PathLike) -> list[Case]:
     """A case for each example of a JSONL file. Raises UserError as `read_examples` does."""
-    return [Case(example.id, example.source, example, example.answer) for example in read_examples(path)]
+    return cases_of(read_examples(path))
+
+
+def cases_of(examples: Iterable[Example]) -> list[Case]:
+    """A case for each example."""
+    return [Case(example.id, example.source, example, example.answer) for example in examples]
 
 
 def score(case: Case, completion: str, think: bool = True) -> Verdict:
