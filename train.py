@@ -22,12 +22,14 @@ from tooln1.config import Config, differences, load_config, read_preset, to_toml
 from tooln1.data import EpochOrder, Example, drop_long, read_examples
 from tooln1.distributed import World, copy_weights, launch, sample_everywhere, shard
 from tooln1.errors import UserError, atomic_write, exit_on_user_error
+from tooln1.evaluation import Asking, Bench, answer, held_out_bench, load_benches, metrics_of
 from tooln1.grpo import group_advantages, loss_total
 from tooln1.metrics import Metrics, RunLog, progress
 from tooln1.model import Transformer, load_model, save_model
+from tooln1.model_config import pair_cost
 from tooln1.prompt import build_messages
 from tooln1.reply_metrics import add_reply_metrics, add_sampler_gap, add_sampler_stats
-from tooln1.rewards import REWARDS, fault_of
+from tooln1.rewards import REWARDS
 from tooln1.rollout import Rollout, Sampler
 from tooln1.sft import demonstrations, read_pairs
 from tooln1.tokenizer import Tokenizer, load_tokenizer
@@ -49,7 +51,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     loss: PolicyLoss | SupervisedLoss
     examples: Sequence  # of Example (rl) or of (Example, reply to imitate) (sft)
-    held_out: list[Example]
+    benches: list[Bench]  # what the policy is evaluated on: held-out examples, eval_bench
     order: EpochOrder
     steps: int
     bad_steps: int = 0  # optimizer steps in a row whose gradient was not finite
@@ -111,7 +113,7 @@ def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> lis
         return sample_everywhere(
             run.sampler, run.world, prompts, keys=keys, group_size=config.group_size, seed=config.seed, step=step,
             temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
-            max_new_tokens=config.max_reply_tokens, on_finished=lambda count: bar.update(count * run.world.size),
+            max_new_tokens=config.max_reply_tokens, on_finished=lambda rollout: bar.update(run.world.size),
         )  # fmt: skip
 
 
@@ -163,22 +165,24 @@ def prompt_ids(tokenizer: Tokenizer, example: Example, think: bool) -> list[int]
 
 def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantages: torch.Tensor) -> list[PackedBatch]:
     """This rank's micro-batches of the mini-batch `rows`; every rank makes the same plan and takes its share."""
-    shares = plan(rollouts, rows, run.config.tokens_per_microbatch, run.world.size)
+    config = run.config
+    if config.mode == "rl" and not (config.kl_coef or config.entropy_coef):
+        # An advantage of 0 leaves nothing to learn (groups with equal rewards); the loss's total still counts it.
+        rows = [row for row in rows if advantages[row] != 0]
+    shares = plan(rollouts, rows, config.tokens_per_microbatch, run.world.size, pair_cost(run.policy.config))
     return [pack(rollouts, share, advantages, run.world.device) for share in shares[run.world.rank]]
 
 
-def evaluate(run: Run) -> float:
-    """Greedy accuracy on the held-out examples: the share whose calls are right (the binary reward)."""
-    config, examples = run.config, run.held_out
-    prompts = [prompt_ids(run.tokenizer, example, config.think) for example in examples]
-    with progress(len(prompts), "held-out", "replies", run.world.main) as bar:
-        rollouts = sample_everywhere(
-            run.sampler, run.world, prompts, keys=list(range(len(prompts))), group_size=1, temperature=0.0,
-            max_new_tokens=config.max_reply_tokens, on_finished=lambda count: bar.update(count * run.world.size),
-        )  # fmt: skip
-    replies = [run.tokenizer.decode(rollout.reply) for rollout in rollouts]
-    faults = [fault_of(*pair, config.think) for pair in zip(replies, (e.answer for e in examples), strict=True)]
-    return faults.count("none") / len(faults)
+def evaluate(run: Run) -> dict[str, float]:
+    """Greedy figures, as eval.py has them: "heldout_accuracy" (the binary reward), and eval_bench's totals by name."""
+    asking = Asking(think=run.config.think, max_reply_tokens=run.config.max_reply_tokens)
+    figures = {}
+    for bench in run.benches:
+        predictions = answer(bench, run.sampler, run.tokenizer, run.world, asking)
+        figures |= metrics_of(bench, predictions, asking.think)
+    if "heldout_overall" in figures:
+        figures["heldout_accuracy"] = figures.pop("heldout_overall")
+    return figures
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -188,18 +192,8 @@ def build(config: Config, world: World) -> tuple[Run, int]:
     """Everything a run needs, and how many of its steps are done already."""
     tokenizer = load_tokenizer(config.model)
     tokenizer.stop_ids  # noqa: B018  a model without one fails now, not in the first step
-    examples, held_out = load_data(config, world, tokenizer)
-    vocabulary = tokenizer.vocab_size
-    low = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    policy = load_model(config.model, torch.float32, world.device, vocabulary)
-    for block in policy.model.layers:
-        block.recompute = config.activation_checkpointing
-    policy = shard(policy, world, low)  # before the others come, so that only one whole model is there at a time
-    reference = None
-    if config.mode == "rl" and config.kl_coef:
-        reference = load_model(config.reference_model or config.model, low, world.device, vocabulary)
-        reference = shard(reference.requires_grad_(False), world)
-    copy = load_model(config.model, low, world.device, vocabulary)
+    examples, benches = load_data(config, world, tokenizer)
+    policy, reference, copy = load_models(config, world, tokenizer.vocab_size)
     sampler = Sampler(copy, tokenizer.stop_ids, config.rollout_rows, config.rollout_cache_tokens)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
@@ -212,14 +206,36 @@ def build(config: Config, world: World) -> tuple[Run, int]:
     loss = policy_loss if config.mode == "rl" else SupervisedLoss(config.logprob_chunk_tokens)
     order = EpochOrder(len(examples), config.seed)
     steps = config.steps or config.epochs * order.steps_per_epoch(config.prompts_per_step)
-    run = Run(
-        config, world, tokenizer, policy, reference, sampler, optimizer, loss, examples, held_out, order, steps
-    )
+    run = Run(config, world, tokenizer, policy, reference, sampler, optimizer, loss, examples, benches, order, steps)
     return run, resume(run)
 
 
-def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Sequence, list[Example]]:
-    """The training examples (sft: each with its reply) and the held-out ones, over-long prompts left out."""
+def load_models(
+    config: Config, world: World, vocabulary: int
+) -> tuple[Transformer, Transformer | None, Transformer]:
+    """The policy, the reference (None where the KL has no weight) and the copy that samples."""
+    low = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    policy = load_model(config.model, torch.float32, world.device, vocabulary)
+    size = sum(parameter.numel() for parameter in policy.parameters())
+
+    def chosen(setting: str, by_size: bool) -> bool:
+        return by_size if setting == "auto" else setting == "on"
+
+    for block in policy.model.layers:
+        block.recompute = chosen(config.activation_checkpointing, size > 1e9)
+        if config.compile:
+            block.compile_parts()
+    # It is sharded before the others come, so that only one whole model is there at a time.
+    policy = shard(policy, world, low, config.offload_optimizer, chosen(config.accumulate_whole, size < 2e9))
+    reference = None
+    if config.mode == "rl" and config.kl_coef:
+        reference = load_model(config.reference_model or config.model, low, world.device, vocabulary)
+        reference = shard(reference.requires_grad_(False), world, offload=config.offload_reference)
+    return policy, reference, load_model(config.model, low, world.device, vocabulary)
+
+
+def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Sequence, list[Bench]]:
+    """The training examples (sft: each with its reply) and what to evaluate on; over-long examples are left out."""
     say = print if world.main else lambda *words: None
     held_out = read_examples(config.eval_data) if config.eval_data else []
     held_out, unasked = drop_long(held_out[: config.eval_rows or None], tokenizer, config.max_prompt_tokens)
@@ -233,7 +249,8 @@ def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Seque
     if not kept:
         raise UserError(f"{config.train_data}: no example is left (max_prompt_tokens {config.max_prompt_tokens}).")
     say(f"{len(kept)} training examples, {len(held_out)} held out; {dropped} and {unasked} over-long ones left out")
-    return kept, held_out
+    benches = [held_out_bench(config.eval_data, held_out)] if held_out else []
+    return kept, benches + load_benches([config.eval_bench] if config.eval_bench else [])
 
 
 MUST_AGREE = ("mode", "seed", "train_data", "prompts_per_step", "max_prompt_tokens")  # they fix the order of the data
@@ -285,8 +302,8 @@ def train(config: Config, world: World) -> None:
         with atomic_write(run_dir / "config.toml") as file:
             file.write(to_toml(replace(config, resume="")))
     log = RunLog(run_dir, run.steps, completed=done or None, tensorboard=config.tensorboard, write=world.main)
-    if config.eval_before_training and not done and run.held_out:
-        log.step(0, {"heldout_accuracy": evaluate(run)})
+    if config.eval_before_training and not done and run.benches:
+        log.step(0, evaluate(run))
     one_step = rl_step if config.mode == "rl" else sft_step
     synchronize = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
     for step in range(done, run.steps):
@@ -294,10 +311,10 @@ def train(config: Config, world: World) -> None:
         last = step + 1 == run.steps
         with metrics.timer("step"):
             replies = one_step(run, step, metrics)
-            if run.held_out and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
+            if run.benches and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
                 with metrics.timer("eval"):
                     copy_weights(run.policy, run.sampler.model)
-                    metrics.add_mean("heldout_accuracy", evaluate(run))
+                    metrics.add_means({name: (value, 1) for name, value in evaluate(run).items()})
         log.step(step + 1, metrics.reduced(world.reduce))
         log.rollouts(step + 1, replies, config.log_rollouts)
         if last or (config.save_every and (step + 1) % config.save_every == 0):

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from shapes import DEMO, lognormal_lengths, machine, parameters, print_table, qwen2, random_prompts, small
+from shapes import DEMO, lognormal_lengths, machine, print_table, qwen2, random_prompts, small
 
 from tooln1.model import Transformer, load_model, random_model, save_model, sequence_logits
 from tooln1.rollout import Sampler
@@ -166,7 +166,7 @@ def cpu_race(name: str, model: Transformer, batch_sizes: list[int], repeats: int
 
     peer = Peer(model) if transformers else None
     ours()
-    result = {"model": name, "parameters": parameters(model.config), "new_tokens": sum(caps)}
+    result = {"model": name, "parameters": model.config.num_parameters, "new_tokens": sum(caps)}
     best = batch_sizes[0]
     if peer:
         tried = {size: seconds(lambda size=size: peer.sample(prompts, 8, caps, size)) for size in batch_sizes}

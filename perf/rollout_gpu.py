@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from shapes import lognormal_lengths, parameters, print_table, qwen2p5, random_prompts
+from shapes import lognormal_lengths, print_table, qwen2p5, random_prompts
 
 from tooln1.model import ModelConfig, Transformer, random_model
 from tooln1.rollout import Sampler
@@ -30,7 +30,7 @@ def gpu(sizes: list[str], prompt_counts: list[int], peer: type | None) -> dict:
             "decode": [decode(model, rows, limits["copy_bytes_per_s"]) for rows in (8, 64, 320, 512)],
             "batches": [batch(model, count, peer) for count in prompt_counts],
         }
-        print(f"\n{size}: {parameters(config):,} parameters")
+        print(f"\n{size}: {config.num_parameters:,} parameters")
         for part in ([done[size]["prefill"]], done[size]["decode"], done[size]["batches"]):
             print_table([tuple(part[0]), *(tuple(row.values()) for row in part)])
         del model
@@ -67,7 +67,7 @@ def matmul_rate() -> float:
 def weight_elements(config: ModelConfig) -> int:
     """Weights that a pass multiplies with: all but the embedding's table, the head included."""
     table = config.vocab_size * config.hidden_size
-    return parameters(config) - (0 if config.tie_word_embeddings else table)
+    return config.num_parameters - (0 if config.tie_word_embeddings else table)
 
 
 def kv_bytes(config: ModelConfig) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import platform
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from tooln1.model import ModelConfig, Transformer, parse_config
+from tooln1.model_config import ModelConfig, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "assets" / "demo" / "model"
@@ -45,12 +47,6 @@ def qwen2p5(size: str) -> ModelConfig:
     }[size]()
 
 
-def parameters(config: ModelConfig) -> int:
-    """How many parameters a model of this shape has."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Transformer(config).parameters())
-
-
 def lognormal_lengths(rng: random.Random, count: int, mean: float, sigma: float, most: int) -> list[int]:
     """`count` lengths, lognormal around `mean`, at least 8 and at most `most`."""
     mu = math.log(mean) - sigma**2 / 2
@@ -73,6 +69,14 @@ def machine() -> str:
     except OSError:
         pass
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def timed(seconds: dict[str, float], phase: str, work: Callable, *args, **kwargs):
+    """`work(...)`; the time it took is added to seconds[phase]."""
+    start = time.perf_counter()
+    result = work(*args, **kwargs)
+    seconds[phase] += time.perf_counter() - start
+    return result
 
 
 def print_table(rows: list[tuple]) -> None:

@@ -1,9 +1,10 @@
 """Run by test_distributed.py under torchrun: optimizer steps on fixed rollouts, sharded over the ranks.
 
-    recorded_steps.py MODEL OUT.json STEPS BUDGET [save=FOLDER | load=CHECKPOINT | bf16]
+    recorded_steps.py MODEL OUT.json STEPS BUDGET [save=FOLDER | load=CHECKPOINT | bf16 | thrifty]
 
-Rank 0 writes loss and gradient norm of each step, the share of ratios beyond the clip, the weights and what one
-sampling call gave. With bf16 the passes compute in it, on fp32 masters, and blocks are recomputed, as on a GPU.
+Rank 0 writes loss and gradient norm of each step, the share of ratios beyond the clip, the first gradient, the
+weights and what one sampling call gave. With bf16 the passes compute in it, on fp32 masters, and blocks are
+recomputed, as on a GPU; thrifty recomputes blocks and cuts weights and gradients up after every micro-batch.
 """
 
 import json
@@ -53,8 +54,9 @@ def main() -> None:
     with launch("cpu") as world:
         start, policy = load_model(path), load_model(path)
         for block in policy.model.layers:
-            block.recompute = action == "bf16"
-        policy = shard(policy, world, torch.bfloat16 if action == "bf16" else None)
+            block.recompute = action in ("bf16", "thrifty")
+        low = torch.bfloat16 if action == "bf16" else None
+        policy = shard(policy, world, low, accumulate_whole=action != "thrifty")
         target = load_model(path)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
         record = {"loss": [], "grad_norm": [], "clipped": []}
@@ -66,6 +68,8 @@ def main() -> None:
             total = sum(len(rollout.reply) for rollout in rollouts)
             loss = PolicyLoss(kl_coef=0.1, entropy_coef=0.01)
             result = optimizer_step(policy, optimizer, batches, loss, total, 1.0, 1e-4)
+            if step == 0:
+                record["gradient"] = [value for p in policy.parameters() for value in whole(p.grad).flatten().tolist()]
             record["loss"].append(world.reduce([result.loss], "sum")[0])
             record["grad_norm"].append(result.grad_norm)
             clipped, count = world.reduce(result.sums["clip_fraction"], "sum")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import reference
 
-from tooln1.attention import PackedAttention, Segment, causal
+from tooln1.attention import FlexPackedAttention, PackedAttention, Segment, attention, causal
 from tooln1.batch import as_rows, pack, plan
 from tooln1.grpo import token_logprobs
 from tooln1.model import load_model
@@ -73,6 +73,19 @@ def test_micro_batches_that_run_in_step_cost_about_the_same():
         assert max(sizes) <= 1.2 * min(sizes)
 
 
+def test_long_prompts_count_by_their_pairs_too():
+    """One prompt of 100 tokens is dearer than two of 50: with a pair at a tenth of a token, as dear as five."""
+    lengths = [100] * 2 + [50] * 10
+    rollouts = [Rollout(i, 0, [1] * (n - 1), [2], [0.0], True) for i, n in enumerate(lengths)]
+
+    def costs(pair_cost):
+        shares = plan(rollouts, list(range(len(rollouts))), 1000, 2, pair_cost)
+        return [sum(lengths[row] + 0.1 * lengths[row] ** 2 / 2 for row in share[0]) for share in shares]
+
+    assert max(costs(0.1)) <= 1.02 * min(costs(0.1))
+    assert sum(costs(0.0)) == pytest.approx(sum(costs(0.1)))
+
+
 def logprobs_and_gradients(model, batches):
     model.zero_grad(set_to_none=True)
     by_row = {}
@@ -99,6 +112,56 @@ def test_shared_prompts_give_the_logprobs_and_gradients_of_separate_sequences():
         got, gradient = logprobs_and_gradients(model, batches)
         torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
         assert (gradient - want_gradient).norm() / want_gradient.norm() <= 1e-9
+
+
+def segments_of(*groups):
+    """Groups (prompt, replies) one after another."""
+    segments, start = [], 0
+    for prompt, replies in groups:
+        segments.append(Segment(start, prompt, replies))
+        start += prompt + sum(replies)
+    return tuple(segments), start
+
+
+def by_the_definition(segments, q, k, v):
+    """One mask for the whole stream: same group, the prompt or the own reply, not later."""
+    group = torch.tensor([g for g, s in enumerate(segments) for _ in range(s.prompt + sum(s.replies))])
+    reply = torch.tensor([r for s in segments for r, n in enumerate((s.prompt, *s.replies)) for _ in range(n)])
+    mask = (group[:, None] == group) & ((reply == 0) | (reply[:, None] == reply))
+    return attention(q[None], k[None], v[None], mask.tril())[0]
+
+
+def queries_keys_values(tokens, dim=16):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(tokens, heads, dim, generator=generator, dtype=torch.float64) for heads in (6, 2, 2)]
+
+
+@pytest.mark.parametrize("bundle", [1, 6, 640])
+def test_packed_attention_equals_one_mask_for_the_whole_stream(monkeypatch, bundle):
+    monkeypatch.setattr("tooln1.attention.BUNDLE", bundle)
+    segments, total = segments_of((7, (3, 1, 5, 2)), (1, (4,)), (12, ()), (3, (1, 1, 9)))
+    qkv = [x.requires_grad_() for x in queries_keys_values(total)]
+    got, want = PackedAttention(segments, "cpu")(0, *qkv), by_the_definition(segments, *qkv)
+    torch.testing.assert_close(got, want)
+    weight = torch.linspace(-1, 1, got.numel(), dtype=torch.float64).view_as(got)
+    gradients = [torch.autograd.grad((out * weight).sum(), qkv) for out in (got, want)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_flex_attention_equals_packed_attention():
+    """The CUDA path's block mask and padding, compiled for the CPU (forward only: there is no backward there)."""
+    groups = ((300, (50, 70, 20)), (5, (3,)), (130, (200, 1, 300)), (40, ()), (700, (30,) * 6), (1, (1, 1)))
+    segments, total = segments_of(*groups)
+    q, k, v = (x.float() for x in queries_keys_values(total, 32))
+    flex = FlexPackedAttention(segments, torch.device("cpu"))
+    assert flex.length % 4096 == 0 and flex.mask.kv_num_blocks.sum() < 0.15 * (flex.length // 128) ** 2
+    try:
+        with torch.no_grad():
+            got = flex(0, q, k, v)
+    except torch._inductor.exc.InductorError as error:  # there is no C++ compiler
+        pytest.skip(f"torch.compile does not work here: {error}")
+    torch.testing.assert_close(got, PackedAttention(segments, "cpu")(0, q, k, v), atol=2e-6, rtol=0)
 
 
 def test_a_reply_does_not_see_its_siblings():

@@ -1,7 +1,11 @@
 """The mathematics against reference values: the released Tool-N1 code (tn), verl (vm) and TRL (trl)."""
 
 import json
+import os
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,8 @@ from safetensors.torch import load_file
 
 from tooln1 import grpo
 from tooln1.grpo import aggregate, clipped_policy_loss, clipped_tokens, group_advantages, k3_kl, token_logprobs
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @cache
@@ -269,6 +275,31 @@ def test_logprobs_are_differentiable_in_hidden_and_head(chunk):
     ours, none = token_logprobs(hidden, head, targets, 0.7, chunk, with_entropy=False)
     close(ours.detach(), plain.detach(), 1e-12)
     assert none is None
+
+
+def test_only_a_chunk_of_logits_is_in_memory():
+    """Forward and backward over logits of 1 GiB, in another process: its memory grows by a fraction of that."""
+    script = """
+import resource, torch
+from tooln1.grpo import token_logprobs
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes; on Linux it counts in KiB
+tokens, vocabulary = 4096, 65536
+hidden = torch.randn(tokens, 8, requires_grad=True)
+head = torch.randn(vocabulary, 8, requires_grad=True)
+targets = torch.randint(0, vocabulary, (tokens,))
+def work(count):
+    logprobs, entropy = token_logprobs(hidden[:count], head, targets[:count], 0.7, chunk=64)
+    (logprobs.sum() + entropy.sum()).backward()
+work(128)
+before = peak()
+work(tokens)
+print((peak() - before) / (4 * tokens * vocabulary))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 0.25
 
 
 def test_no_targets_give_no_logprobs_but_a_gradient_of_zero():

@@ -136,7 +136,7 @@ def test_logprobs_equal_a_plain_forward_pass(model):
             torch.testing.assert_close(torch.tensor(rollout.logprobs), want, atol=1e-4, rtol=0)
 
 
-def test_caps_stop_tokens_and_the_count_of_finished_rows(model):
+def test_caps_stop_tokens_and_replies_handed_over_as_they_end(model):
     finished = []
     caps = [1, 5, 9, 40]
     rollouts = Sampler(model, [7]).generate(PROMPTS, 2, 1.0, caps, seed=1, on_finished=finished.append)
@@ -145,7 +145,9 @@ def test_caps_stop_tokens_and_the_count_of_finished_rows(model):
         assert 7 not in rollout.reply[:-1]
         assert rollout.finished == (rollout.reply[-1] == 7)
         assert rollout.finished or len(rollout.reply) == caps[rollout.group]
-    assert sum(finished) == len(rollouts)
+    assert sorted(finished, key=lambda r: (r.group, r.sample)) == rollouts
+    lengths = [len(rollout.reply) for rollout in finished]
+    assert lengths[0] == min(lengths) < lengths[-1] == max(lengths) and finished != rollouts
     assert [(r.group, r.sample) for r in rollouts] == [(g, s) for g in range(4) for s in range(2)]
 
 

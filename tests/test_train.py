@@ -36,7 +36,7 @@ def settings(place: Path, run: str, **changes) -> dict:
     return dict(
         model=str(place / "model"), train_data=data, eval_data=data, run_dir=str(place / run), steps=3,
         prompts_per_step=4, prompts_per_minibatch=2, group_size=3, max_reply_tokens=12, tokens_per_microbatch=5000,
-        learning_rate=1e-3, temperature=1.0, activation_checkpointing=False, eval_every=2, save_every=2,
+        learning_rate=1e-3, temperature=1.0, activation_checkpointing="off", eval_every=2, save_every=2,
         log_rollouts=99,
     ) | changes  # fmt: skip
 

@@ -1,16 +1,21 @@
-"""The attentions the model is handed: one causal sequence, packed groups that share their prompt, cached decoding.
+"""The attentions the model is handed for whole sequences: one causal sequence, and packed groups that share a prompt.
 
 Each is a callable `(layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]`, so the model itself never learns
-what a token may look at. All are plain `scaled_dot_product_attention`, which accumulates in at least fp32.
+what a token may look at. On the CPU, and as the reference, they are plain `scaled_dot_product_attention`, which
+accumulates in at least fp32; on CUDA packed groups go through FlexAttention. Decoding is in paged_attention.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 
 class Segment(NamedTuple):
@@ -35,6 +40,11 @@ def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention(q[None], k[None], v[None], causal=True)[0]
 
 
+def packed_attention(segments: tuple[Segment, ...], device: torch.device) -> PackedAttention | FlexPackedAttention:
+    """The attention over a packed stream that is the faster one on `device`."""
+    return (FlexPackedAttention if device.type == "cuda" else PackedAttention)(segments, device)
+
+
 class PackedAttention:
     """The stream is a row of groups; a reply sees its group's prompt and itself, never its siblings.
 
@@ -47,46 +57,122 @@ class PackedAttention:
         c   x x x
         d   x x x x
         e   x x     x
+
+    A prompt is one causal call, its replies a few calls with a mask: as many of them together as stay short.
     """
 
     def __init__(self, segments: tuple[Segment, ...], device: torch.device | str):
         # A group of one reply is one causal sequence: all of it counts as the prompt.
-        self.segments = tuple(
+        segments = tuple(
             segment if len(segment.replies) > 1 else Segment(segment.start, segment.prompt + sum(segment.replies), ())
             for segment in segments
         )
-        self.sizes = [size for segment in self.segments for size in (segment.prompt, sum(segment.replies))]
-        self.masks = [_reply_mask(segment, device) for segment in self.segments]
+        self.bundles = [(segment.prompt, _bundles(segment, device)) for segment in segments]
+        self.sizes = [size for prompt, bundles in self.bundles for size in (prompt, *(len(mask) for mask in bundles))]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # One split, not a slice per group: each slice's gradient would be a zero-filled copy of the whole stream.
-        pieces = zip(*(zip(*[iter(x.split(self.sizes))] * 2, strict=True) for x in (q, k, v)), strict=True)
+        # One split, not a slice per call: each slice's gradient would be a zero-filled copy of the whole stream.
+        pieces = zip(*(x.split(self.sizes) for x in (q, k, v)), strict=True)
         out = []
-        for segment, mask, (queries, keys, values) in zip(self.segments, self.masks, pieces, strict=True):
-            out.append(causal(layer, queries[0], keys[0], values[0]))
-            if segment.replies:
-                out.append(_attend_replies(segment, mask, queries[1], keys, values))
+        for _, bundles in self.bundles:
+            queries, keys, values = next(pieces)
+            out.append(causal(layer, queries, keys, values))
+            for mask in bundles:
+                own, own_keys, own_values = next(pieces)
+                seen, read = torch.cat((keys, own_keys)), torch.cat((values, own_values))
+                out.append(attention(own[None], seen[None], read[None], mask)[0])
         return torch.cat(out)  # [T, H, D]
 
 
-def _reply_mask(segment: Segment, device: torch.device | str) -> Tensor | None:
-    """[R, P + R], R the longest reply: all of the prompt, the reply causally; padding stands behind every query."""
-    longest = max(segment.replies, default=0)
-    if longest == 0:
-        return None
-    full = torch.ones(longest, segment.prompt + longest, dtype=torch.bool, device=device)
-    return full.tril(segment.prompt)
+BUNDLE = 640  # tokens of replies in one call: each is weighed against all of them, whoever's they are
 
 
-def _attend_replies(segment: Segment, mask: Tensor, q: Tensor, keys: tuple, values: tuple) -> Tensor:
-    """A group's replies as rows of one batch, each behind the prompt; keys and values: (the prompt's, the replies')."""
-    lengths = list(segment.replies)
+def _bundles(segment: Segment, device: torch.device | str) -> list[Tensor]:
+    """The replies in runs of at most BUNDLE tokens (a longer one alone), each as its mask [n, P + n]."""
+    runs: list[list[int]] = []
+    for length in segment.replies:
+        if not runs or sum(runs[-1]) + length > BUNDLE:
+            runs.append([])
+        runs[-1].append(length)
+    masks = []
+    for run in runs:
+        reply = torch.arange(len(run), device=device).repeat_interleave(torch.tensor(run, device=device))
+        own = (reply[:, None] == reply).tril()  # [n, n] each reply causally, and only itself
+        masks.append(F.pad(own, (segment.prompt, 0), value=True))
+    return masks
 
-    def rows(x: Tensor) -> Tensor:  # [sum of replies, heads, D] -> [G, R, heads, D]
-        return torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True)
 
-    def with_prompt(prompt: Tensor, replies: Tensor) -> Tensor:  # -> [G, P + R, K, D]
-        return torch.cat((prompt.expand(len(lengths), -1, -1, -1), rows(replies)), dim=1)
+# ------------------------------------------------------------------------------------------------ FlexAttention
 
-    out = attention(rows(q), with_prompt(*keys), with_prompt(*values), mask)  # [G, R, H, D]
-    return torch.cat([row[:length] for row, length in zip(out, lengths, strict=True)])
+BLOCK = 128  # tokens of a block that FlexAttention takes or leaves as a whole
+FLEX_TOKENS = 4096  # streams are padded to multiples of it: few lengths, so few compilations
+
+
+class FlexPackedAttention:
+    """What PackedAttention computes, as one FlexAttention call whose block mask is read off the segments.
+
+    The stream is padded to a multiple of FLEX_TOKENS in here; a padding token sees itself only.
+    """
+
+    def __init__(self, segments: tuple[Segment, ...], device: torch.device | str):
+        group, reply = _owners(segments)
+        self.length = -(-len(group) // FLEX_TOKENS) * FLEX_TOKENS
+        self.padding = self.length - len(group)
+        last = int(reply.max())
+        group = np.concatenate((group, len(segments) + np.arange(self.padding)))
+        reply = np.concatenate((reply, last + 1 + np.arange(self.padding)))
+        blocks = _blocks(group.reshape(-1, BLOCK), reply.reshape(-1, BLOCK))
+        counts, indices = (torch.from_numpy(x).to(device, torch.int32)[None, None] for x in _listed(blocks))
+        group, reply = (torch.from_numpy(x).to(device, torch.int32) for x in (group, reply))
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            same = (group[query] == group[key]) & ((reply[key] == PROMPT) | (reply[key] == reply[query]))
+            return same & (query >= key)
+
+        size = (self.length, self.length)
+        self.mask = BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=size)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, self.padding)).transpose(0, 1)[None] for x in (q, k, v))  # [1, H, T', D]
+        out = compiled_flex_attention()(q, k, v, block_mask=self.mask, enable_gqa=True)
+        return out[0].transpose(0, 1)[: self.length - self.padding]  # [T, H, D]
+
+
+PROMPT = -1  # in place of a reply's number
+
+
+def _owners(segments: tuple[Segment, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each token of the stream, the number of its group and that of its reply (counted on over all groups)."""
+    group, reply, number = [], [], 0
+    for i, segment in enumerate(segments):
+        group.append(np.full(segment.prompt + sum(segment.replies), i))
+        reply += [np.full(segment.prompt, PROMPT)]
+        for length in segment.replies:
+            reply.append(np.full(length, number))
+            number += 1
+    return np.concatenate(group), np.concatenate(reply)
+
+
+def _blocks(group: np.ndarray, reply: np.ndarray) -> np.ndarray:
+    """Which blocks of keys a block of queries may need, bool [n, n], from the owners of their tokens [n, BLOCK].
+
+    Never too few; a block too many costs time only, for the mask has the last word.
+    """
+    first, last = group[:, 0], group[:, -1]  # groups lie in order
+    own = np.where(reply == PROMPT, reply.max() + 1, reply).min(1), reply.max(1)  # range of the replies in a block
+    same_group = (first[:, None] <= last) & (first <= last[:, None])
+    same_reply = (own[0][:, None] <= own[1]) & (own[0] <= own[1][:, None])
+    prompt = (reply == PROMPT).any(1)
+    return same_group & (same_reply | prompt) & np.tri(len(group), dtype=bool)
+
+
+def _listed(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many blocks each row of `blocks` has, and which, first those that are there."""
+    return blocks.sum(1), np.argsort(~blocks, axis=1, kind="stable")
+
+
+@cache
+def compiled_flex_attention() -> Callable:
+    """FlexAttention, compiled for each set of shapes that it meets."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, dynamic=False)

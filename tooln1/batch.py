@@ -9,13 +9,14 @@ Worked example. Two rollouts of one prompt `a b`, with replies `c d` and `e`, an
     predictors  1  2  1  5                  where the token before each stands; `b` predicts both c and e
     lengths     2     1  1                  R = 3 replies
 
-What a reply may look at is decided by `attention.PackedAttention(segments)`.
+What a reply may look at is decided by `attention.packed_attention(segments)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,49 +113,69 @@ def minibatch_rows(rollouts: Sequence[Rollout], prompts: int) -> list[list[int]]
     return [sum(rows[start : start + prompts], []) for start in range(0, len(rows), prompts)]
 
 
-def plan(rollouts: Sequence[Rollout], rows: Sequence[int], budget: int, ranks: int) -> list[list[list[int]]]:
+def plan(
+    rollouts: Sequence[Rollout], rows: Sequence[int], budget: int, ranks: int, pair_cost: float = 0.0
+) -> list[list[list[int]]]:
     """Deal a mini-batch to `ranks` ranks in micro-batches of at most `budget` tokens: [rank][micro-batch] -> rows.
 
     Every rank gets the same number of micro-batches (an empty one where there is too little work), the j-th ones of
-    all ranks of about equal cost, because they run in step. A group is split, its prompt repeated, only where it
-    alone is over the budget; one sequence over the budget gets a micro-batch to itself. The plan depends on nothing
-    but its arguments, so every rank computes the same.
+    all ranks of about equal cost, because they run in step. The cost is tokens + `pair_cost` · (query, key) pairs,
+    in units of a token (`model_config.pair_cost`). A group is split, its prompt repeated, only where it is over the
+    budget; one sequence over the budget gets a micro-batch to itself. Greedy, the costliest first; the plan depends on
+    nothing but its arguments, so every rank computes the same.
     """
-    pieces = [piece for run in _runs(rollouts, rows) for piece in _split(rollouts, run, budget)]
-    pieces.sort(key=lambda piece: -_tokens(rollouts, piece))  # longest first; ties keep their order
-    total = sum(_tokens(rollouts, piece) for piece in pieces)
-    per_rank = max(1, -(-total // (budget * ranks)))
-    while (bins := _fill(rollouts, pieces, budget, per_rank * ranks)) is None:
+    pieces = [_measured(rollouts, piece, pair_cost) for run in _runs(rollouts, rows)
+              for piece in _split(rollouts, run, budget)]  # fmt: skip
+    pieces.sort(key=lambda piece: -piece.cost)  # ties keep their order
+    per_rank = max(1, -(-sum(piece.tokens for piece in pieces) // (budget * ranks)))
+    while (bins := _fill(pieces, budget, per_rank * ranks)) is None:
         per_rank += 1
-    bins.sort(key=lambda rows: -_tokens(rollouts, rows))
-    return [[sorted(bins[step * ranks + rank]) for step in range(per_rank)] for rank in range(ranks)]
+    bins.sort(key=lambda bin: -sum(piece.cost for piece in bin))
+    return [
+        [sorted(row for piece in bins[step * ranks + rank] for row in piece.rows) for step in range(per_rank)]
+        for rank in range(ranks)
+    ]
 
 
-def _tokens(rollouts: Sequence[Rollout], rows: Sequence[int]) -> int:
-    """Tokens of the stream that `rows` make, a prompt counted once per run of its group."""
-    return sum(
-        len(rollouts[run[0]].prompt) + sum(len(rollouts[row].reply) for row in run) for run in _runs(rollouts, rows)
-    )
+class _Piece(NamedTuple):
+    """Rows of one group that stay together."""
+
+    rows: list[int]
+    tokens: int
+    cost: float
+
+
+def _measured(rollouts: Sequence[Rollout], rows: list[int], pair_cost: float) -> _Piece:
+    prompt, replies = len(rollouts[rows[0]].prompt), [len(rollouts[row].reply) for row in rows]
+    tokens = prompt + sum(replies)
+    pairs = prompt**2 / 2 + sum(prompt * reply + reply**2 / 2 for reply in replies)
+    return _Piece(rows, tokens, tokens + pair_cost * pairs)
 
 
 def _split(rollouts: Sequence[Rollout], run: list[int], budget: int) -> list[list[int]]:
+    """A group's rows in as few pieces as the budget allows, each with the prompt of its own."""
     pieces: list[list[int]] = []
+    room = 0
     for row in run:
-        if pieces and _tokens(rollouts, [*pieces[-1], row]) <= budget:
-            pieces[-1].append(row)
-        else:
-            pieces.append([row])
+        reply = len(rollouts[row].reply)
+        if not pieces or reply > room:
+            pieces.append([])
+            room = budget - len(rollouts[row].prompt)
+        pieces[-1].append(row)
+        room -= reply
     return pieces
 
 
-def _fill(rollouts: Sequence[Rollout], pieces: list[list[int]], budget: int, count: int) -> list[list[int]] | None:
-    """Each piece into the emptiest of `count` bins; None if one runs over although it could have been left alone."""
-    bins: list[list[int]] = [[] for _ in range(count)]
-    loads = [0] * count
+def _fill(pieces: Sequence[_Piece], budget: int, count: int) -> list[list[_Piece]] | None:
+    """Each piece into the cheapest of `count` bins that has room; None if one has room nowhere."""
+    bins: list[list[_Piece]] = [[] for _ in range(count)]
+    tokens, cost = [0] * count, [0.0] * count
     for piece in pieces:
-        emptiest = loads.index(min(loads))
-        if bins[emptiest] and loads[emptiest] + _tokens(rollouts, piece) > budget:
+        fitting = [i for i in range(count) if not bins[i] or tokens[i] + piece.tokens <= budget]
+        if not fitting:
             return None
-        bins[emptiest].extend(piece)
-        loads[emptiest] += _tokens(rollouts, piece)
+        best = min(fitting, key=cost.__getitem__)
+        bins[best].append(piece)
+        tokens[best] += piece.tokens
+        cost[best] += piece.cost
     return bins

@@ -131,13 +131,21 @@ class Config:
     max_bad_steps: int = setting(5, "non-finite optimizer steps in a row (each is skipped) that stop the run",
                                  "optimizer steps", "", "[1, inf)")
 
-    activation_checkpointing: bool = setting(True, "recompute each layer in the backward pass: less memory, "
-                                             "about a third more work", "", "true", section="memory")
+    activation_checkpointing: str = setting("auto", "recompute each layer in the backward pass: less memory, about "
+                                            "a third more work; auto: from a billion parameters on", "", "on",
+                                            section="memory", choices=("auto", "on", "off"))
+    accumulate_whole: str = setting("auto", "keep weights and gradients whole between the micro-batches of an "
+                                    "optimizer step: fewer collectives, 6 bytes a parameter; auto: below 2 billion",
+                                    choices=("auto", "on", "off"))
+    offload_reference: bool = setting(False, "keep the reference model's shards in the host's memory (CUDA)")
+    offload_optimizer: bool = setting(False, "keep the policy's shards, gradients and Adam state there (CUDA)")
+    compile: bool = setting(False, "torch.compile what stands beside the attention in each layer of the policy")
     logprob_chunk_tokens: int = setting(1024, "tokens whose logits are in memory at once", "tokens", "",
                                         "[1, inf)")
 
-    eval_every: int = setting(10, "evaluate on eval_data every so many steps; 0: never", "steps", "10",
-                              "[0, inf)", section="evaluation_and_saving")
+    eval_every: int = setting(10, "evaluate on eval_data and eval_bench every so many steps; 0: only at the end",
+                              "steps", "10", "[0, inf)", section="evaluation_and_saving")
+    eval_bench: str = setting("", "a benchmark to evaluate on too, NAME=PATH as eval.py takes it; empty: none")
     eval_rows: int = setting(0, "evaluate on the first so many examples; 0: all", "examples", "", "[0, inf)")
     eval_before_training: bool = setting(False, "evaluate the starting model too", "", "false")
     save_every: int = setting(10, "write a checkpoint every so many steps; 0: only at the end", "steps", "10",

@@ -8,7 +8,7 @@ gradient sums on GPU, fp32 throughout on CPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from tooln1.errors import UserError
@@ -101,23 +101,33 @@ def launch(device: str = "auto") -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def shard(model: Transformer, world: World, dtype: torch.dtype | None = None) -> Transformer:
+def shard(
+    model: Transformer,
+    world: World,
+    dtype: torch.dtype | None = None,
+    offload: bool = False,
+    accumulate_whole: bool = True,
+) -> Transformer:
     """Shard `model` over all ranks, block by block, in place; `dtype` is what it computes in (None: as stored).
 
     Gradients are summed over ranks, never averaged: every loss is already divided by the count of the whole global
-    mini-batch (forced sums, because gloo knows no pre-multiplied ones).
+    mini-batch (forced sums, because gloo knows no pre-multiplied ones). `offload`: on CUDA the shards, their gradients
+    and so the optimizer's state stay in the host's memory. `accumulate_whole`: see `next_microbatch`.
     """
     if not world.sharded:
         return model
     mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    how = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
+    if offload and world.device.type == "cuda":
+        how["offload_policy"] = CPUOffloadPolicy()
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)  # embedding, final norm and head: kept whole between passes
+        fully_shard(block, **how)
+    fully_shard(model, **how)  # embedding, final norm and head: kept whole between passes
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    model.accumulate_whole = accumulate_whole
     return model
 
 
@@ -127,10 +137,16 @@ def reshard(model: nn.Module) -> None:
         model.reshard()
 
 
-def sync_gradients(model: nn.Module, on: bool) -> None:
-    """Sum gradients over ranks in the next backward pass, or keep them for a later one (micro-batches)."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(on)
+def next_microbatch(model: nn.Module, last: bool) -> None:
+    """Prepare for the backward pass of a micro-batch, the `last` of its optimizer step or not.
+
+    With `accumulate_whole`, weights and gradients stay whole on every rank until the last one: one all-gather and one
+    reduce-scatter an optimizer step, for 6 bytes a parameter (bf16 weights, fp32 gradients). Else both are cut up
+    again after each micro-batch.
+    """
+    if isinstance(model, FSDPModule) and model.accumulate_whole:
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -176,16 +192,25 @@ def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
 
 
 def sample_everywhere(
-    sampler: Sampler, world: World, prompts: list[list[int]], keys: list[int], group_size: int, max_new_tokens: int,
-    **how,
+    sampler: Sampler, world: World, prompts: list[list[int]], keys: list[int], group_size: int,
+    max_new_tokens: int | list[int], on_finished: Callable[[Rollout], None] | None = None, **how,
 ) -> list[Rollout]:  # fmt: skip
     """`sampler.generate` with the prompts dealt over ranks; every rank gets all rollouts, in prompt order.
 
+    max_new_tokens: one number, or one per prompt. on_finished: is handed each of this rank's own as soon as it ends.
     Ranks sample without waiting for each other; they meet when all replies are there.
     """
-    expected = [len(prompt) + group_size * max_new_tokens for prompt in prompts]  # like counts first, then lengths
-    mine = deal(expected, world.size)[world.rank]
-    how |= {"group_size": group_size, "max_new_tokens": max_new_tokens}
-    rollouts = sampler.generate([prompts[i] for i in mine], keys=[keys[i] for i in mine], **how)
-    rollouts = world.gather([replace(rollout, group=mine[rollout.group]) for rollout in rollouts])
+    caps = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    expected = [len(prompt) + group_size * cap for prompt, cap in zip(prompts, caps, strict=True)]
+    mine = deal(expected, world.size)[world.rank]  # like counts first, then lengths
+
+    def of_all(rollout: Rollout) -> Rollout:
+        return replace(rollout, group=mine[rollout.group])
+
+    rollouts = sampler.generate(
+        [prompts[i] for i in mine], keys=[keys[i] for i in mine], group_size=group_size,
+        max_new_tokens=[caps[i] for i in mine], **how,
+        on_finished=on_finished and (lambda rollout: on_finished(of_all(rollout))),
+    )  # fmt: skip
+    rollouts = world.gather([of_all(rollout) for rollout in rollouts])
     return sorted(rollouts, key=lambda rollout: (rollout.group, rollout.sample))

@@ -1,4 +1,4 @@
-"""Qwen2.5 (and LLaMA 3) by hand: configuration, decoder, loading and Hugging Face export.
+"""Qwen2.5 (and LLaMA 3) by hand: decoder, loading and Hugging Face export.
 
 The model knows nothing of caches, packing or sharding. It is called on a flat stream of tokens and is handed the
 attention to use: `model(tokens, positions, attend)`. Whether the stream is one prompt, forty packed sequences or one
@@ -14,9 +14,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from tooln1.attention import causal
 from tooln1.errors import UserError, atomic_directory
 from tooln1.hub import local_directory
+from tooln1.model_config import ModelConfig, parse_config
 from tooln1.weights import read_weights, write_weights
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -36,124 +35,6 @@ TOKENIZER_FILES = [
     "merges.txt", "added_tokens.json",
 ]  # fmt: skip
 MODEL_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
-
-
-# ---------------------------------------------------------------------------------------------- configuration
-
-
-@dataclass(frozen=True)
-class Llama3Scaling:
-    """LLaMA 3.1's stretching of the slow RoPE frequencies (transformers' rope_type "llama3")."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What the architecture needs to know, under transformers' names; `raw` is config.json as it was read."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: Llama3Scaling | None
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    initializer_range: float
-    raw: dict[str, Any]
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters in all, a tied embedding counted once."""
-        with torch.device("meta"):
-            return sum(parameter.numel() for parameter in Transformer(self).parameters())
-
-
-def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
-    """config.json, in its published or its transformers-5 style, as a `ModelConfig`.
-
-    Raises UserError for a missing or mistyped key, and for what this implementation would compute wrongly (see
-    `_refuse_unsupported`). A missing RoPE theta is an error: a guessed one would give a wrong model silently.
-    """
-    if not isinstance(raw, dict):
-        raise UserError(f"{where}: expected a JSON object.")
-    for key, kind in (("rope_parameters", dict), ("rope_scaling", dict), ("layer_types", list)):
-        if raw.get(key) is not None and not isinstance(raw[key], kind):
-            raise UserError(f"{where}: '{key}' must be {'an object' if kind is dict else 'a list'}.")
-    rope = raw.get("rope_parameters") or {}  # transformers 5 keeps theta and scaling together
-    scaling = rope or raw.get("rope_scaling") or {}
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    _refuse_unsupported(raw, rope_type, where)
-    values = raw | {"rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}
-    needed = ("rope_theta", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-              "num_attention_heads", "rms_norm_eps")  # fmt: skip
-    for key in needed:
-        if values.get(key) is None:
-            raise UserError(f"{where}: '{key}' is missing; the model cannot be built without it.")
-    try:
-        heads = int(raw["num_attention_heads"])
-        config = ModelConfig(
-            vocab_size=int(raw["vocab_size"]),
-            hidden_size=int(raw["hidden_size"]),
-            intermediate_size=int(raw["intermediate_size"]),
-            num_hidden_layers=int(raw["num_hidden_layers"]),
-            num_attention_heads=heads,
-            num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
-            rms_norm_eps=float(raw["rms_norm_eps"]),
-            rope_theta=float(values["rope_theta"]),
-            rope_scaling=_llama3_scaling(scaling) if rope_type == "llama3" else None,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=raw["model_type"] == "qwen2",
-            initializer_range=float(raw.get("initializer_range", 0.02)),
-            raw=raw,
-        )
-    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
-        raise UserError(f"{where}: a value has the wrong type or is missing ({error}).") from error
-    _check_sizes(config, where)
-    return config
-
-
-def _refuse_unsupported(raw: dict[str, Any], rope_type: Any, where: str) -> None:
-    """Another architecture, sliding windows in use, an unknown RoPE, quantised weights, biases elsewhere."""
-    model_type, llama = raw.get("model_type"), raw.get("model_type") == "llama"
-    for wrong, what in (
-        (model_type not in ("qwen2", "llama"), f"model_type {model_type!r}"),
-        (raw.get("quantization_config"), "a quantised checkpoint (quantization_config)"),
-        (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r}"),
-        (raw.get("use_sliding_window"), "sliding-window attention (use_sliding_window)"),
-        ("sliding_attention" in (raw.get("layer_types") or []), "sliding-window attention (layer_types)"),
-        (llama and (raw.get("attention_bias") or raw.get("mlp_bias")), "a LLaMA with biases"),
-        (rope_type not in ("default", "llama3"), f"RoPE type {rope_type!r}"),
-    ):
-        if wrong:
-            raise UserError(f"{where}: {what} is not supported; Qwen2, Qwen2.5 and LLaMA 3 checkpoints are.")
-
-
-def _check_sizes(config: ModelConfig, where: str) -> None:
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "head_dim")  # fmt: skip
-    if wrong := [name for name in sizes if getattr(config, name) < 1]:
-        raise UserError(f"{where}: '{wrong[0]}' must be at least 1.")
-    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-        raise UserError(f"{where}: num_attention_heads must be a multiple of num_key_value_heads, head_dim even.")
-
-
-def _llama3_scaling(scaling: dict[str, Any]) -> Llama3Scaling:
-    return Llama3Scaling(
-        factor=float(scaling["factor"]),
-        low_freq_factor=float(scaling["low_freq_factor"]),
-        high_freq_factor=float(scaling["high_freq_factor"]),
-        original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
-    )
 
 
 # ---------------------------------------------------------------------------------------------- architecture
@@ -201,7 +82,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; what a token may look at is decided by `attend`."""
+    """The projections of grouped-query attention; the attention itself is `attend`, which the model is handed."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -213,12 +94,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H, D]
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, K, D]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, K, D]
-        mixed = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # [T, H, D]
-        return self.o_proj(mixed.flatten(-2))  # [T, C]
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, H, D], k and v [T, K, D] of x [T, C], rotated."""
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -251,8 +132,22 @@ class Block(nn.Module):
         return self._compute(x, cos, sin, attend)
 
     def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        q, k, v = self.before(x, cos, sin)
+        return self.after(x, attend(self.self_attn.layer, q, k, v))
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the tokens ask, q [T, H, D], and what they offer, k and v [T, K, D]."""
+        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+
+    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The residual stream [T, C] with what attention found, [T, H, D], and the MLP added."""
+        x = x + self.self_attn.o_proj(mixed.flatten(-2))
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def compile_parts(self) -> None:
+        """Have torch.compile fuse what stands before and after the attention, once for all blocks and lengths."""
+        self.before = torch.compile(self.before, dynamic=True)
+        self.after = torch.compile(self.after, dynamic=True)
 
 
 class Decoder(nn.Module):

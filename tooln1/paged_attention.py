@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
-from tooln1.attention import attention
+from tooln1.attention import attention, compiled_flex_attention
 
 
 class PagedCache:
@@ -227,10 +226,4 @@ class FlexPages:
             mask_mod=self.seen, seq_lengths=(grouped.shape[2], keys.shape[2]), compute_q_blocks=False,
         )  # fmt: skip
         options = {"BLOCK_N": 64, "num_stages": 3} if q.is_cuda else None  # its own choice on Hopper is one stage
-        return _compiled_flex()(grouped, keys, values, block_mask=mask, kernel_options=options).flatten(1, 2)
-
-
-@cache
-def _compiled_flex():
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # one per number of rows
-    return torch.compile(flex_attention, dynamic=False)
+        return compiled_flex_attention()(grouped, keys, values, block_mask=mask, kernel_options=options).flatten(1, 2)

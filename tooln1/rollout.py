@@ -80,6 +80,7 @@ class Sampler:
         self.cache: PagedCache | None = None
         self.newest = torch.zeros(1, dtype=torch.int64, device=self.device)  # [slots + 1] each row's last token
         self.graphs: dict[tuple[int, _Draw], _DecodeGraph] = {}
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.cuda else None
         self.stats = Stats()  # of the last call
 
     def generate(
@@ -93,14 +94,15 @@ class Sampler:
         keys: list[int] | None = None,
         top_p: float = 1.0,
         top_k: int = 0,
-        on_finished: Callable[[int], None] | None = None,
+        on_finished: Callable[[Rollout], None] | None = None,
     ) -> list[Rollout]:
         """`group_size` replies to each prompt (token ids), in prompt order.
 
         `keys` name the prompts for the randomness (default: their place in the list). `max_new_tokens` caps the
         replies: one number, one per prompt, or one per reply (prompt by prompt). Temperature 0 is greedy.
-        `on_finished(n)` is told of n more finished replies. Raises ValueError for an empty prompt, one longer than the
-        model's context or the cache, numbers out of range, and logits that are not finite; the sampler stays usable.
+        `on_finished` is handed each reply as soon as it ends.
+        Raises ValueError for an empty prompt, one longer than the model's context or the cache, numbers out of range,
+        and logits that are not finite; the sampler stays usable.
         """
         keys = list(range(len(prompts))) if keys is None else list(keys)
         caps = _caps(max_new_tokens, len(prompts), group_size)
@@ -124,11 +126,10 @@ class Sampler:
             self.cache.data.zero_()  # what is not finite must not stay in the pages
             raise
         self.stats = scheduler.stats
-        rows = [row for group in groups for row in group.rows]
-        return [Rollout(r.group.number, r.sample, r.group.prompt, r.reply, r.logprobs, r.finished) for r in rows]
+        return [_rollout(row) for group in groups for row in group.rows]
 
     @torch.inference_mode()
-    def _sample(self, scheduler: Scheduler, draw: _Draw, on_finished: Callable[[int], None] | None) -> None:
+    def _sample(self, scheduler: Scheduler, draw: _Draw, on_finished: Callable[[Rollout], None] | None) -> None:
         """Schedule, run, postprocess, until every row has ended."""
         results = deque()
         while scheduler.unfinished:
@@ -139,9 +140,9 @@ class Sampler:
                 rows, fetch = results.popleft()
                 tokens, logprobs = fetch()
                 _check_finite(rows, logprobs)
-                ended = scheduler.postprocess(rows, tokens, logprobs, self.stop_ids)
-                if on_finished and ended:
-                    on_finished(ended)
+                for row in scheduler.postprocess(rows, tokens, logprobs, self.stop_ids):
+                    if on_finished:
+                        on_finished(_rollout(row))
 
     # ------------------------------------------------------------------------------------------------ run
 
@@ -269,7 +270,8 @@ class _DecodeGraph:
                 step()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # thread_local: NCCL's watchdog may ask CUDA for something meanwhile. One pool: graphs never run side by side.
+        with torch.cuda.graph(self.graph, pool=sampler.graph_pool, capture_error_mode="thread_local"):
             self.drawn = step()
 
     def replay(self, numbers: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,6 +284,11 @@ class _DecodeGraph:
         self.table[count:, 0] = 0
         self.graph.replay()
         return self.drawn
+
+
+def _rollout(row: Row) -> Rollout:
+    """A reply that has ended."""
+    return Rollout(row.group.number, row.sample, row.group.prompt, row.reply, row.logprobs, row.finished)
 
 
 def _padded_rows(rows: int) -> int:

@@ -262,9 +262,9 @@ class Scheduler:
 
     def postprocess(
         self, draws: Sequence[Row], tokens: Sequence[int], logprobs: Sequence[float], stops: Collection[int]
-    ) -> int:
-        """Append the drawn tokens to their rows; how many replies have ended with that, by a stop token or the cap."""
-        ended, to_start = 0, []
+    ) -> list[Row]:
+        """Append the drawn tokens to their rows; those that have ended with that, by a stop token or the cap."""
+        ended, to_start = [], []
         for row, token, logprob in zip(draws, tokens, logprobs, strict=True):
             if row.done:  # it was computed once more before its stop token was seen
                 continue
@@ -273,11 +273,11 @@ class Scheduler:
             row.finished = token in stops
             if row.finished or len(row.reply) == row.cap:
                 self._end(row)
-                ended += 1
+                ended.append(row)
             elif not row.started:
                 to_start.append(row)
         self.waiting.extendleft(reversed(to_start))
-        self.unfinished -= ended
+        self.unfinished -= len(ended)
         return ended
 
     def _end(self, row: Row) -> None:

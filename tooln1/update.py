@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tooln1.attention import PackedAttention
+from tooln1.attention import packed_attention
 from tooln1.batch import PackedBatch, as_rows
-from tooln1.distributed import reshard, sync_gradients, whole
+from tooln1.distributed import next_microbatch, reshard, whole
 from tooln1.grpo import aggregate, clipped_policy_loss, clipped_tokens, k3_kl, token_logprobs
 from tooln1.model import Transformer
 
@@ -27,7 +27,7 @@ def batch_logprobs(
     model: Transformer, batch: PackedBatch, temperature: float, chunk: int, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability [N] of the batch's reply tokens under `model` at `temperature`, and their entropy [N]."""
-    attend = PackedAttention(batch.segments, batch.tokens.device)
+    attend = packed_attention(batch.segments, batch.tokens.device)
     hidden = model(batch.tokens, batch.positions, attend)  # [T, C]
     return token_logprobs(hidden[batch.predictors], model.head, batch.targets, temperature, chunk, with_entropy)
 
@@ -139,7 +139,7 @@ def optimizer_step(
     optimizer.zero_grad(set_to_none=True)
     loss_sum, sums = 0.0, {}
     for i, batch in enumerate(batches):
-        sync_gradients(policy, on=i == len(batches) - 1)
+        next_microbatch(policy, last=i == len(batches) - 1)
         loss, parts = loss_of(policy, batch, total)
         loss.backward()
         loss_sum += loss.item()
