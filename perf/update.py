@@ -65,11 +65,13 @@ def step_on(model: Transformer, reference: Transformer, optimizer, batches: list
     return optimizer_step(model, optimizer, filled, LOSS, total, 1e9, 0.0).grad_norm
 
 
-def padded_logprobs(model: Transformer, rollouts: Sequence[Rollout]) -> torch.Tensor:
-    """Log-probs of the reply tokens from whole sequences, each padded to the longest: what a plain trainer does."""
-    sequences = [torch.tensor(r.prompt + r.reply) for r in rollouts]
-    tokens = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.head.device)  # [B, T]
-    rows, length = tokens.shape
+def padded_logprobs(model: Transformer, rollouts: Sequence[Rollout], length: int) -> torch.Tensor:
+    """Log-probs of the reply tokens from whole sequences, each padded to `length`: what a plain trainer does."""
+    rows = len(rollouts)
+    tokens = torch.zeros(rows, length, dtype=torch.int64)
+    for line, rollout in zip(tokens, rollouts, strict=True):
+        line[: len(rollout.prompt) + len(rollout.reply)] = torch.tensor(rollout.prompt + rollout.reply)
+    tokens = tokens.to(model.head.device)  # [B, T]
 
     def attend(layer, q, k, v):
         q, k, v = (x.unflatten(0, (rows, length)) for x in (q, k, v))
@@ -83,15 +85,19 @@ def padded_logprobs(model: Transformer, rollouts: Sequence[Rollout]) -> torch.Te
     return token_logprobs(predictors, model.head, targets, LOSS.temperature, CHUNK, False)[0]
 
 
-def padded_step(model, reference, optimizer, rollouts, advantages, total, at_once: int) -> float:
-    """The same step on padded batches of `at_once` sequences."""
+def padded_step(model, reference, optimizer, rollouts, advantages, total, budget: int) -> float:
+    """The same step on sequences padded to the longest of the mini-batch, as many at once as the budget holds."""
+    length = max(len(r.prompt) + len(r.reply) for r in rollouts)
+    at_once = max(1, budget // length)
     micro = [range(start, min(start + at_once, len(rollouts))) for start in range(0, len(rollouts), at_once)]
     with torch.no_grad():
-        old, ref = ([padded_logprobs(m, [rollouts[i] for i in rows]) for rows in micro] for m in (model, reference))
+        old, ref = (
+            [padded_logprobs(m, [rollouts[i] for i in rows], length) for rows in micro] for m in (model, reference)
+        )
     optimizer.zero_grad(set_to_none=True)
     for rows, before, frozen in zip(micro, old, ref, strict=True):
         own = [rollouts[i] for i in rows]
-        logprobs = padded_logprobs(model, own)
+        logprobs = padded_logprobs(model, own, length)
         lengths = torch.tensor([len(r.reply) for r in own], device=logprobs.device)
         advantage = advantages[list(rows)].to(logprobs.device).repeat_interleave(lengths)
         ratio = (logprobs - before).exp()
@@ -128,9 +134,7 @@ def cpu(prompts: int, budget: int, repeats: int, compile_parts: bool) -> dict:
     forms = {
         "shared": lambda: step_on(model, reference, optimizer, shared, total),
         "repeated": lambda: step_on(model, reference, optimizer, repeated, total),
-        "padded": lambda: padded_step(
-            model, reference, optimizer, rollouts, advantages, total, max(1, budget // longest)
-        ),
+        "padded": lambda: padded_step(model, reference, optimizer, rollouts, advantages, total, budget),
     }
     tokens = {"shared": sum(len(b.tokens) for b in shared), "repeated": sum(len(b.tokens) for b in repeated)}
     tokens["padded"] = len(rollouts) * longest
@@ -216,7 +220,7 @@ def main() -> None:
     """Time, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--prompts", type=int, default=4, help="groups in the mini-batch (CPU)")
+    parser.add_argument("--prompts", type=int, default=6, help="groups in the mini-batch (CPU)")
     parser.add_argument("--budget", type=int, help="tokens of a micro-batch (4096; on CUDA 30720)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sizes", nargs="+", default=["1.5B", "3B"])
