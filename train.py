@@ -18,7 +18,7 @@ import torch
 
 from tooln1.batch import PackedBatch, minibatch_rows, pack, plan
 from tooln1.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
-from tooln1.config import Config, differences, load_config, read_preset, to_toml
+from tooln1.config import differences, load_config, read_preset, to_toml
 from tooln1.data import EpochOrder, Example, drop_long, read_examples
 from tooln1.distributed import World, copy_weights, launch, sample_everywhere, shard
 from tooln1.errors import UserError, atomic_write, exit_on_user_error
@@ -31,6 +31,7 @@ from tooln1.prompt import build_messages
 from tooln1.reply_metrics import add_reply_metrics, add_sampler_gap, add_sampler_stats
 from tooln1.rewards import REWARDS
 from tooln1.rollout import Rollout, Sampler
+from tooln1.settings import Config
 from tooln1.sft import demonstrations, read_pairs
 from tooln1.tokenizer import Tokenizer, load_tokenizer
 from tooln1.update import PolicyLoss, SupervisedLoss, optimizer_step, scheduled_rate, with_logprobs

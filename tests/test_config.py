@@ -10,20 +10,9 @@ from pathlib import Path
 import pytest
 
 from tooln1 import config as config_module
-from tooln1.config import (
-    AGGREGATIONS,
-    REWARD_NAMES,
-    SECTION_OF,
-    SETTINGS,
-    Config,
-    differences,
-    help_text,
-    load_config,
-    read_preset,
-    to_toml,
-    validate,
-)
+from tooln1.config import differences, help_text, load_config, read_preset, to_toml
 from tooln1.errors import UserError
+from tooln1.settings import AGGREGATIONS, REWARD_NAMES, SECTION_OF, SETTINGS, Config, validate
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = sorted((ROOT / "configs").glob("*.toml"))
@@ -471,12 +460,13 @@ def test_aggregations_are_the_losses():
     assert tuple(grpo.AGGREGATIONS) == AGGREGATIONS
 
 
-def test_reading_settings_imports_no_other_room():
-    tree = ast.parse((ROOT / "tooln1" / "config.py").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("room,needs", [("settings", {"errors"}), ("config", {"errors", "settings"})])
+def test_reading_settings_imports_no_other_room(room, needs):
+    tree = ast.parse((ROOT / "tooln1" / f"{room}.py").read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     ours = {name for name in imported if name.split(".")[0] in ("tooln1", "torch", "numpy")}
-    assert ours == {"tooln1.errors"}
+    assert ours == {f"tooln1.{name}" for name in needs}
 
 
 def test_a_refusal_is_a_sentence_and_exit_code_2(tmp_path):

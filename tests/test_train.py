@@ -12,10 +12,11 @@ import torch
 from test_distributed import ROOT, torchrun
 
 import train
-from tooln1.config import Config, load_config, to_toml
+from tooln1.config import load_config, to_toml
 from tooln1.distributed import launch
 from tooln1.metrics import read_jsonl
 from tooln1.model import load_model
+from tooln1.settings import Config
 from tooln1.sft import demonstrations, read_pairs
 from tooln1.tokenizer import load_tokenizer
 
