@@ -167,7 +167,8 @@ def prompt_ids(tokenizer: Tokenizer, example: Example, think: bool) -> list[int]
 def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantages: torch.Tensor) -> list[PackedBatch]:
     """This rank's micro-batches of the mini-batch `rows`; every rank makes the same plan and takes its share."""
     config = run.config
-    if config.mode == "rl" and not (config.kl_coef or config.entropy_coef):
+    only_policy_term = config.mode == "rl" and not (config.kl_coef or config.entropy_coef)
+    if only_policy_term and config.loss_aggregation != "microbatch_token_mean":
         # An advantage of 0 leaves nothing to learn (groups with equal rewards); the loss's total still counts it.
         rows = [row for row in rows if advantages[row] != 0]
     shares = plan(rollouts, rows, config.tokens_per_microbatch, run.world.size, pair_cost(run.policy.config))

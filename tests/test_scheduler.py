@@ -1,7 +1,6 @@
 """The rollout engine's bookkeeping, without a model: tokens come from a table, the cache records who wrote what."""
 
 import random
-import sys
 
 import pytest
 
@@ -27,7 +26,7 @@ class Machine:
         self.scheduler = Scheduler(self.groups, self.pool, slots, budget)
         self.cache = [[None] * size for _ in range(pages + 1)]
         self.newest = {}  # slot -> token
-        self.peak_rows = 0
+        self.peak_rows, self.starts = 0, []
 
     def run(self):
         results = []
@@ -50,6 +49,7 @@ class Machine:
         assert sum(span.count for span in step.spans) <= self.scheduler.budget
         for span in step.spans:  # all are written before any is read
             self.write(span.row, span.start, span.row.tokens(span.start, span.count))
+            self.starts.append(span.start)
         for row in step.rows:
             self.write(row, row.cached - 1, [self.newest[row.slot]])
         for row in [*step.rows, *(span.row for span in step.spans)]:
@@ -126,6 +126,21 @@ def test_a_small_pool_puts_the_youngest_row_back():
     assert 4 < machine.scheduler.stats.recomputed <= 12
 
 
+def test_pages_held_for_rows_to_come_are_given_up_when_nothing_else_can_run():
+    machine = Machine([[100, 101]], [[[300], [400, 401]]], [[1, 2]], pages=1, size=4, slots=2, budget=9)
+    assert machine.run() == {(0, 0): [300], (0, 1): [400, 401]}
+
+
+def test_a_row_that_returns_shares_its_siblings_prompt_again():
+    """Three rows on a prompt of two pages: what is put back returns behind the prompt that the eldest still holds."""
+    caps = [[20, 10, 20]]
+    replies = [[[300 + sample] * cap for sample, cap in enumerate(caps[0])]]
+    machine = Machine([[100] * 8], replies, caps, pages=9, size=4, slots=3, budget=99)
+    assert machine.run() == wanted(replies, caps)
+    assert machine.scheduler.stats.preemptions == 2
+    assert machine.starts == [0, 8, 0]  # the second time nobody holds it any more
+
+
 def test_full_pages_are_shared_and_only_the_half_filled_one_is_copied():
     prompt = list(range(100, 110))  # 2½ pages
     machine = Machine([prompt], [[[200 + s] * 9 for s in range(5)]], [[9] * 5], pages=50, size=4, slots=5, budget=99)
@@ -170,4 +185,3 @@ def test_the_scheduler_touches_no_tensor():
     import tooln1.scheduler as module
 
     assert "torch" not in vars(module) and "numpy" not in vars(module)
-    assert module.__name__ in sys.modules

@@ -167,6 +167,20 @@ def test_in_fp32_too_the_gradient_does_not_depend_on_the_cut(budget, share, reco
     assert (got - want).norm() / want.norm() <= 1e-6
 
 
+def test_compiled_layers_compute_the_same(monkeypatch):
+    """Both parts of every layer traced for gradients (by aot_eager: what inductor makes of them is torch's matter)."""
+    model, batches, total = recorded_batches(45)
+    _, want = gradient(model, batches, PolicyLoss(), total)
+    traced = []
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: traced.append(f) or compile_(f, backend="aot_eager", **how))
+    for block in model.model.layers:
+        block.compile_parts()
+    _, got = gradient(model, batches, PolicyLoss(), total)
+    assert len(traced) == 2 * len(model.model.layers)
+    assert (got - want).norm() / want.norm() <= 1e-5
+
+
 def test_replies_without_advantage_have_no_policy_gradient():
     """What train.py leaves out when nothing but the policy term is trained."""
     model, batches, total = recorded_batches(30)

@@ -105,18 +105,18 @@ def _bundles(segment: Segment, device: torch.device | str) -> list[Tensor]:
 # ------------------------------------------------------------------------------------------------ FlexAttention
 
 BLOCK = 128  # tokens of a block that FlexAttention takes or leaves as a whole
-FLEX_TOKENS = 4096  # streams are padded to multiples of it: few lengths, so few compilations
+FLEX_TOKENS = 4096  # streams are padded to it, or twice, four times, ... as much: few lengths, so few compilations
 
 
 class FlexPackedAttention:
     """What PackedAttention computes, as one FlexAttention call whose block mask is read off the segments.
 
-    The stream is padded to a multiple of FLEX_TOKENS in here; a padding token sees itself only.
+    The stream is padded in here, which costs little: a padding token sees itself only.
     """
 
     def __init__(self, segments: tuple[Segment, ...], device: torch.device | str):
         group, reply = _owners(segments)
-        self.length = -(-len(group) // FLEX_TOKENS) * FLEX_TOKENS
+        self.length = max(FLEX_TOKENS, 1 << (len(group) - 1).bit_length())
         self.padding = self.length - len(group)
         last = int(reply.max())
         group = np.concatenate((group, len(segments) + np.arange(self.padding)))
@@ -175,4 +175,5 @@ def _listed(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def compiled_flex_attention() -> Callable:
     """FlexAttention, compiled for each set of shapes that it meets."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it would go on unfused, and silently slow
     return torch.compile(flex_attention, dynamic=False)

@@ -140,9 +140,9 @@ def reshard(model: nn.Module) -> None:
 def next_microbatch(model: nn.Module, last: bool) -> None:
     """Prepare for the backward pass of a micro-batch, the `last` of its optimizer step or not.
 
-    With `accumulate_whole`, weights and gradients stay whole on every rank until the last one: one all-gather and one
-    reduce-scatter an optimizer step, for 6 bytes a parameter (bf16 weights, fp32 gradients). Else both are cut up
-    again after each micro-batch.
+    With `accumulate_whole`, gradients stay whole on every rank until the last one, and weights from one backward pass
+    to the next forward: one reduce-scatter an optimizer step and an all-gather less a micro-batch, for 6 bytes a
+    parameter (bf16 weights, fp32 gradients). Else both are cut up again after each micro-batch.
     """
     if isinstance(model, FSDPModule) and model.accumulate_whole:
         model.set_requires_gradient_sync(last)
@@ -198,7 +198,8 @@ def sample_everywhere(
     """`sampler.generate` with the prompts dealt over ranks; every rank gets all rollouts, in prompt order.
 
     max_new_tokens: one number, or one per prompt. on_finished: is handed each of this rank's own as soon as it ends.
-    Ranks sample without waiting for each other; they meet when all replies are there.
+    Ranks sample without waiting for each other; they meet when all replies are there. What the sampler refuses is a
+    UserError here.
     """
     caps = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     expected = [len(prompt) + group_size * cap for prompt, cap in zip(prompts, caps, strict=True)]
@@ -207,10 +208,13 @@ def sample_everywhere(
     def of_all(rollout: Rollout) -> Rollout:
         return replace(rollout, group=mine[rollout.group])
 
-    rollouts = sampler.generate(
-        [prompts[i] for i in mine], keys=[keys[i] for i in mine], group_size=group_size,
-        max_new_tokens=[caps[i] for i in mine], **how,
-        on_finished=on_finished and (lambda rollout: on_finished(of_all(rollout))),
-    )  # fmt: skip
+    try:
+        rollouts = sampler.generate(
+            [prompts[i] for i in mine], keys=[keys[i] for i in mine], group_size=group_size,
+            max_new_tokens=[caps[i] for i in mine], **how,
+            on_finished=on_finished and (lambda rollout: on_finished(of_all(rollout))),
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"sampling: {error}") from error
     rollouts = world.gather([of_all(rollout) for rollout in rollouts])
     return sorted(rollouts, key=lambda rollout: (rollout.group, rollout.sample))

@@ -48,9 +48,10 @@ class PagedCache:
         return self.data[layer].flatten(0, 1).unbind(1)
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole pages, (from, to), in all layers."""
+        """Copy whole pages, (from, to), in all layers; no page is both."""
         source, target = torch.tensor(pairs, device=self.data.device).unbind(1)
-        self.data[:, target] = self.data[:, source]
+        for layer in self.data:  # one by one: the copies of all layers at once may be large
+            layer[target] = layer[source]
 
 
 class PagedSpan(NamedTuple):
@@ -225,5 +226,6 @@ class FlexPages:
             self.counts[:, None, None], self.table[:, None, None], BLOCK_SIZE=(128, self.cache.page_size),
             mask_mod=self.seen, seq_lengths=(grouped.shape[2], keys.shape[2]), compute_q_blocks=False,
         )  # fmt: skip
-        options = {"BLOCK_N": 64, "num_stages": 3} if q.is_cuda else None  # its own choice on Hopper is one stage
+        # Its own choice on Hopper is a single stage, which leaves memory waiting.
+        options = {"BLOCK_N": min(64, self.cache.page_size), "num_stages": 3} if q.is_cuda else None
         return compiled_flex_attention()(grouped, keys, values, block_mask=mask, kernel_options=options).flatten(1, 2)

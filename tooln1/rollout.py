@@ -102,7 +102,7 @@ class Sampler:
         replies: one number, one per prompt, or one per reply (prompt by prompt). Temperature 0 is greedy.
         `on_finished` is handed each reply as soon as it ends.
         Raises ValueError for an empty prompt, one longer than the model's context or the cache, numbers out of range,
-        and logits that are not finite; the sampler stays usable.
+        and logits that are not finite; the sampler stays usable. A reply may run beyond the model's context.
         """
         keys = list(range(len(prompts))) if keys is None else list(keys)
         caps = _caps(max_new_tokens, len(prompts), group_size)
@@ -227,23 +227,27 @@ class Sampler:
         wanted = min(sum(most), slots * (max(most, default=1) + held))
         token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         token_bytes *= self.model.head.element_size()
+        if self.cuda:  # once for all calls, because FlexAttention and the graphs are made for this pool
+            wanted = (self.rows or 512) * -(-(context or 32768) // size)
         if self.cache_tokens:
             wanted = self.cache_tokens // size
         elif self.cache is None or (wanted > self.cache.pages and not self.cuda):
             free = int(self.memory_share * _free_bytes(self.device)) // (token_bytes * size)
-            wanted = free if self.cuda else min(wanted, free)
+            wanted = min(wanted, free // 256 * 256 if self.cuda else free)  # round: a known shape is compiled already
         if self.cache is None or (wanted > self.cache.pages and not self.cuda):
             self.graphs.clear()
             self.cache = None  # before the new one comes
             shape = (config.num_hidden_layers, max(1, wanted), size, config.num_key_value_heads, config.head_dim)
             self.cache = PagedCache(*shape, self.model.head)
+        slots = max(slots, self.rows or 512) if self.cuda else slots  # at once what any call may need: graphs know it
         if slots >= len(self.newest):
             self.graphs.clear()
             self.newest = torch.zeros(slots + 1, dtype=torch.int64, device=self.device)
         if max(most, default=0) > self.cache.pages:
             raise ValueError(
                 f"a prompt and its reply may need {max(most) * size} tokens of cache, which holds "
-                f"{self.cache.pages * size}: raise cache_tokens or lower max_new_tokens"
+                f"{self.cache.pages * size}: raise cache_tokens (rollout_cache_tokens in a run's settings), or lower "
+                "the cap on replies"
             )
 
 

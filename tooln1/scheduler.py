@@ -178,13 +178,15 @@ class Scheduler:
         expected = sum(_unstarted(other) for other in self.holding) if fresh else 0  # will need slots and pages soon
         if not row.settled or len(self.free_slots) <= expected:
             return False
-        busy = len(self.running)  # may each need a page soon
+        # Pages to leave free, lest the newcomer be put back at once: one for each row that runs or is about to. With
+        # nobody running there is nobody to wait for.
+        spare = expected + len(self.running) if self.running else 0
         while True:
             shared, cached, half = self._prompt_pages(group)
             need = pool.pages_for(row.known) - len(shared)
-            if need + (expected + busy if busy else 0) <= len(pool.free):
+            if need + spare <= len(pool.free):
                 break
-            if busy or not self.holding:
+            if self.running or not self.holding:
                 return False
             self._release(next(reversed(self.holding)))
         pool.share(shared)
