@@ -76,6 +76,7 @@ class Sampler:
         self.page_size = page_size or (128 if self.cuda else 32)
         self.prefill_tokens = prefill_tokens or (16384 if self.cuda else 2048)
         self.cache_tokens, self.memory_share = cache_tokens, memory_share
+        self.flex = self.cuda  # decode with FlexAttention, in graphs
         self.lookahead = int(self.cuda)  # steps launched before the tokens of the last one are looked at
         self.cache: PagedCache | None = None
         self.newest = torch.zeros(1, dtype=torch.int64, device=self.device)  # [slots + 1] each row's last token
@@ -155,7 +156,7 @@ class Sampler:
             self.newest[slots] = tokens
         if step.spans:
             drawn = self._prefill(step, draw)
-        elif self.cuda:
+        elif self.flex:
             drawn = self._replay(step.rows, draw)
         else:
             numbers = self._send(_numbers(step.rows))
@@ -196,7 +197,7 @@ class Sampler:
         return token, logprob
 
     def _replay(self, rows: list[Row], draw: _Draw) -> tuple[Tensor, Tensor]:
-        """A decode step on CUDA, padded to the next number of rows that a graph is kept for."""
+        """A decode step padded to the next number of rows that a graph is kept for."""
         count = _padded_rows(len(rows))
         if (count, draw) not in self.graphs:
             self.graphs[count, draw] = _DecodeGraph(self, count, draw)
@@ -254,7 +255,8 @@ class Sampler:
 class _DecodeGraph:
     """A decode step of a fixed number of rows as one CUDA graph; its inputs are overwritten before each replay.
 
-    It reads the weights where they lie: they may be updated in place, never moved.
+    It reads the weights where they lie: they may be updated in place, never moved. On the CPU, for tests, the step is
+    run as it is.
     """
 
     def __init__(self, sampler: Sampler, rows: int, draw: _Draw):
@@ -267,16 +269,27 @@ class _DecodeGraph:
         def step() -> tuple[Tensor, Tensor]:
             return sampler._decode(self.numbers, draw, FlexPages(sampler.cache, self.table, self.numbers[1]))
 
+        self.run = self._captured(step, sampler.graph_pool) if sampler.cuda else step
+
+    @staticmethod
+    def _captured(step: Callable[[], tuple[Tensor, Tensor]], pool) -> Callable[[], tuple[Tensor, Tensor]]:
+        """`step` as a graph: the function returned replays it and gives its results, at the same place every time."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, and fills the allocator's and cuBLAS's pools
             for _ in range(3):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         # thread_local: NCCL's watchdog may ask CUDA for something meanwhile. One pool: graphs never run side by side.
-        with torch.cuda.graph(self.graph, pool=sampler.graph_pool, capture_error_mode="thread_local"):
-            self.drawn = step()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            drawn = step()
+
+        def replay() -> tuple[Tensor, Tensor]:
+            graph.replay()
+            return drawn
+
+        return replay
 
     def replay(self, numbers: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """(token, log-prob) of the rows, [rows] each; those beyond the given ones write to the scratch page."""
@@ -286,8 +299,7 @@ class _DecodeGraph:
         self.numbers[:, :count] = numbers
         self.table[:count, : table.shape[1]] = table
         self.table[count:, 0] = 0
-        self.graph.replay()
-        return self.drawn
+        return self.run()
 
 
 def _rollout(row: Row) -> Rollout:
