@@ -302,6 +302,20 @@ print((peak() - before) / (4 * tokens * vocabulary))
     assert float(run.stdout) < 0.25
 
 
+def test_ids_beyond_the_vocabulary_are_as_if_they_were_not_there():
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(n, 6, generator=generator, dtype=torch.float64).requires_grad_() for n in (9, 14))
+    targets = torch.randint(0, 11, (9,), generator=generator)
+    results = []
+    for rows, vocabulary in ((head, 11), (head[:11], None)):
+        logprobs, entropy = token_logprobs(hidden, rows, targets, 0.7, 4, vocabulary=vocabulary)
+        gradients = torch.autograd.grad((logprobs * logprobs + entropy).sum(), (hidden, head))
+        results.append((logprobs, entropy, *gradients))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not results[0][3][11:].any()
+
+
 def test_no_targets_give_no_logprobs_but_a_gradient_of_zero():
     hidden = torch.zeros(0, 5, requires_grad=True)
     head = torch.ones(11, 5, requires_grad=True)

@@ -90,17 +90,17 @@ class _ChunkedLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, temperature, chunk, with_entropy):
+    def forward(ctx, hidden, head, targets, temperature, chunk, with_entropy, vocabulary):
         logprobs = torch.empty(len(targets), dtype=_wide(hidden.dtype), device=hidden.device)
         entropy = torch.empty_like(logprobs) if with_entropy else None
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)
-            logp = _tempered_log_softmax(hidden[rows], head, temperature)  # [chunk, V]
+            logp = _tempered_log_softmax(hidden[rows], head, temperature, vocabulary)  # [chunk, V]
             logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
             if with_entropy:
                 entropy[rows] = -(logp.exp() * logp).sum(-1)
         ctx.save_for_backward(hidden, head, targets, entropy)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.chunk, ctx.vocabulary = temperature, chunk, vocabulary
         ctx.set_materialize_grads(False)  # a result nobody used then costs nothing
         return logprobs, entropy
 
@@ -111,7 +111,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_head = torch.zeros(head.shape, dtype=_wide(head.dtype), device=head.device)
         for start in range(0, len(targets), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            logp = _tempered_log_softmax(hidden[rows], head, ctx.temperature)
+            logp = _tempered_log_softmax(hidden[rows], head, ctx.temperature, ctx.vocabulary)
             p = logp.exp()
             grad = torch.zeros_like(p)
             if grad_logprobs is not None:
@@ -121,15 +121,27 @@ class _ChunkedLogprobs(torch.autograd.Function):
             grad = (grad / ctx.temperature).to(hidden.dtype)  # [chunk, V]
             grad_hidden[rows] = grad @ head
             grad_head += grad.T @ hidden[rows]
-        return grad_hidden, grad_head.to(head.dtype), None, None, None, None
+        return grad_hidden, grad_head.to(head.dtype), None, None, None, None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _tempered_log_softmax(hidden: Tensor, head: Tensor, temperature: float) -> Tensor:
-    return F.log_softmax(F.linear(hidden, head).to(_wide(hidden.dtype)) / temperature, dim=-1)
+def _tempered_log_softmax(hidden: Tensor, head: Tensor, temperature: float, vocabulary: int | None) -> Tensor:
+    logits = F.linear(hidden, head).to(_wide(hidden.dtype)) / temperature
+    return F.log_softmax(only_known(logits, vocabulary), dim=-1)
+
+
+def only_known(logits: Tensor, vocabulary: int | None) -> Tensor:
+    """`logits` [N, V], those of ids from `vocabulary` on (None: of none) overwritten in place: their probability is 0.
+
+    Overwritten, not cut off: matrix products like V as it is, a multiple of 64. Not with -inf, whose product with a
+    probability of 0 has no value.
+    """
+    if vocabulary is not None and vocabulary < logits.shape[-1]:
+        logits[:, vocabulary:] = torch.finfo(logits.dtype).min / 2
+    return logits
 
 
 def token_logprobs(
@@ -139,17 +151,19 @@ def token_logprobs(
     temperature: float = 1.0,
     chunk: int = 1024,
     with_entropy: bool = True,
+    vocabulary: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each target token and entropy of its distribution, both at `temperature`.
 
     hidden [N, C] (the state that predicts the token), head [V, C], targets [N] int64 -> (logprobs [N], entropy [N])
     in at least fp32; entropy is None without `with_entropy`. Logits are divided by the temperature first, as in
-    sampling; only [chunk, V] of them exist at a time, and the backward pass recomputes them. Both results are
-    differentiable. Raises ValueError for a temperature that is not positive.
+    sampling; only [chunk, V] of them exist at a time, and the backward pass recomputes them. Ids from `vocabulary` on
+    (None: of none) have probability 0. Both results are differentiable. Raises ValueError for a temperature that is
+    not positive.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}: a greedy choice has no log-probability")
-    return _ChunkedLogprobs.apply(hidden, head, targets, temperature, chunk, with_entropy)
+    return _ChunkedLogprobs.apply(hidden, head, targets, temperature, chunk, with_entropy, vocabulary)
 
 
 # --------------------------------------------------------------------------------------------------- loss

@@ -167,19 +167,16 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.source: Path | None = None  # where it was loaded from; export copies the tokenizer from there
-        self.vocabulary = config.vocab_size  # ids that can occur: those of the tokenizer, where that is known
+        # Ids that can occur: those of the tokenizer, where that is known. Qwen2.5 pads the head with ids that no
+        # tokenizer has; what is never drawn must not have a share in the log-probabilities either.
+        self.vocabulary = config.vocab_size
         self.model = Decoder(config)
         self.lm_head = None if config.tie_word_embeddings else _head(config)
 
     @property
     def head(self) -> Tensor:
-        """The output matrix [V, C]: logits = hidden @ head.T (the embedding itself where the two are tied).
-
-        Its rows beyond `vocabulary` are left out: Qwen2.5 pads the matrix with ids that no tokenizer has, and what
-        is never drawn must not have a share in the log-probabilities either.
-        """
-        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return weight if self.vocabulary == self.config.vocab_size else weight[: self.vocabulary]
+        """The output matrix [V, C]: logits = hidden @ head.T (the embedding itself where the two are tied)."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states after the final norm, [T, C], of the flat stream `tokens` [T] at `positions` [T].
@@ -203,7 +200,7 @@ def sequence_logits(model: Transformer, ids: list[int]) -> Tensor:
     """fp32 logits [T, V] of one sequence, causal: the slow, readable reference that the fast paths must equal."""
     device = model.head.device
     hidden = model(torch.tensor(ids, device=device), torch.arange(len(ids), device=device), causal)
-    return F.linear(hidden, model.head).float()
+    return F.linear(hidden, model.head[: model.vocabulary]).float()
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tooln1.grpo import only_known
 from tooln1.model import Transformer
 from tooln1.paged_attention import FlexPages, GatheredPages, PagedCache, PagedSpan, PrefillAttention
 from tooln1.sampling import choose, reply_streams, uniforms
@@ -47,8 +48,8 @@ class _Draw:
     top_k: int
     top_p: float
 
-    def __call__(self, head: Tensor, hidden: Tensor, streams: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        logits = F.linear(hidden, head).float()  # [B, V]
+    def __call__(self, model: Transformer, hidden: Tensor, streams: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        logits = only_known(F.linear(hidden, model.head).float(), model.vocabulary)  # [B, V]
         return choose(logits, uniforms(streams, positions), self.temperature, self.top_k, self.top_p)
 
 
@@ -192,7 +193,7 @@ class Sampler:
 
     def _draw(self, hidden: Tensor, numbers: Tensor, draw: _Draw) -> tuple[Tensor, Tensor]:
         slots, _, streams, drawn = numbers
-        token, logprob = draw(self.model.head, hidden, streams, drawn)
+        token, logprob = draw(self.model, hidden, streams, drawn)
         self.newest[slots] = token
         return token, logprob
 

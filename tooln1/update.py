@@ -29,7 +29,9 @@ def batch_logprobs(
     """Log-probability [N] of the batch's reply tokens under `model` at `temperature`, and their entropy [N]."""
     attend = packed_attention(batch.segments, batch.tokens.device)
     hidden = model(batch.tokens, batch.positions, attend)  # [T, C]
-    return token_logprobs(hidden[batch.predictors], model.head, batch.targets, temperature, chunk, with_entropy)
+    return token_logprobs(
+        hidden[batch.predictors], model.head, batch.targets, temperature, chunk, with_entropy, model.vocabulary
+    )
 
 
 @torch.no_grad()
