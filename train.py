@@ -284,12 +284,19 @@ def resume(run: Run) -> int:
     """Steps that the checkpoint asked for has behind it (0: none was); fills policy, optimizer and sampler from it."""
     if not run.config.resume:
         return 0
-    newest = complete_checkpoints(Path(run.config.run_dir) / "checkpoints")[-1:]
-    if run.config.resume == "auto" and not newest:
+    say = print if run.world.main else lambda *words: None
+    folder = Path(run.config.run_dir) / "checkpoints"
+    there = complete_checkpoints(folder)
+    if run.config.resume == "auto" and not there:
+        say(f"no checkpoint in {folder}: beginning with step 1")
         return 0
-    checkpoint = newest[0] if run.config.resume == "auto" else Path(run.config.resume)
+    checkpoint = there[-1] if run.config.resume == "auto" else Path(run.config.resume)
+    if not checkpoint.is_dir():
+        others = ", ".join(path.name for path in there) or "none"
+        raise UserError(f"{checkpoint}: there is no such checkpoint; {folder} has {others}.")
     done = load_checkpoint(checkpoint, run.policy, run.optimizer, run.world)
     copy_weights(run.policy, run.sampler.model)
+    say(f"going on from {checkpoint}, with step {done + 1}")
     return done
 
 

@@ -50,3 +50,13 @@ def test_a_user_error_is_one_sentence_and_exit_code_2(capsys):
     assert capsys.readouterr().err == "error: config.toml: there is no setting 'lr'.\n"
     with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
         exit_on_user_error(lambda: 1 / 0)
+
+
+def test_an_interrupt_is_one_word_and_exit_code_130(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        exit_on_user_error(interrupted)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"

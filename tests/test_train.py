@@ -96,9 +96,13 @@ def test_the_run_directory_is_complete(finished, place):
     assert load_tokenizer(finished / "hf").stop_ids == load_tokenizer(place / "model").stop_ids
 
 
-def test_a_resumed_run_ends_where_the_whole_one_does(finished, place):
-    run(place, "resumed", steps=2, eval_before_training=True)
+def test_a_resumed_run_ends_where_the_whole_one_does(finished, place, capsys):
+    run(place, "resumed", steps=2, eval_before_training=True, resume="auto")
+    assert "no checkpoint in" in capsys.readouterr().out
+    with pytest.raises(train.UserError, match="there is no such checkpoint; .* has step-000002"):
+        run(place, "resumed", steps=3, resume=str(place / "resumed/checkpoints/step-000009"))
     run(place, "resumed", steps=3, eval_before_training=True, resume="auto")
+    assert "step-000002, with step 3" in capsys.readouterr().out
     assert measured(place / "resumed") == measured(finished)
     for ours, theirs in zip(weights(place / "resumed"), weights(finished), strict=True):
         assert torch.equal(ours, theirs)

@@ -21,12 +21,15 @@ class UserError(ValueError):
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run an entry point; a `UserError` becomes its sentence on stderr and exit code 2."""
+    """Run an entry point; a `UserError` becomes its sentence on stderr and exit code 2, an interrupt code 130."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 @contextmanager
