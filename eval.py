@@ -17,6 +17,7 @@ import argparse
 import gc
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -60,7 +61,7 @@ def evaluate(options: argparse.Namespace, world: World) -> int:
     benches = load_benches(options.bench, options.limit, options.bfcl_changed)
     if options.export_bfcl and "bfcl" not in [bench.name for bench in benches]:
         raise UserError("--export-bfcl writes the replies to bfcl, which --bench does not name.")
-    out = Path(options.out)
+    out = writable(options.out)
     runs = {out: ("ours", options.predictions or options.model)}
     if options.base_model:
         read_config(options.base_model)  # a model that is not there is told now, not when the first one is through
@@ -145,6 +146,14 @@ def export_bfcl(benches: Sequence[Bench], predictions: Predictions, directory: s
     part = " --partial-eval" if left_out else ""
     print(f"{len(files)} files for bfcl-eval, {left_out} cases left out. To score them:")
     print(f"bfcl evaluate --result-dir {folder} --model {bfcl.OFFICIAL_MODEL}{part}\n")
+
+
+def writable(folder: str) -> Path:
+    """The folder of --out, not made yet; raises UserError where it cannot be."""
+    nearest = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"--out {folder}: {nearest} is not a folder that can be written to; name another.")
+    return Path(folder)
 
 
 # ------------------------------------------------------------------------------------------------- generating
@@ -282,7 +291,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     asking, count = Asking(), _at_least(int, 1)
     # fmt: off
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--bench", nargs="+", required=True, metavar="NAME=PATH",
+    parser.add_argument("--bench", nargs="+", action="extend", required=True, metavar="NAME=PATH",
                         help=f"benchmarks and their data: {', '.join(NAMES)}")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="Hugging Face folder or hub id")

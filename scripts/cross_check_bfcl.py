@@ -58,12 +58,14 @@ def official_runner():
 def official_faults(predictions: dict[str, str], cases: list, folder: Path) -> dict[str, str]:
     """Id -> bfcl-eval's error type, "" where right, as its runner writes them into score files."""
     bfcl.export(predictions, cases, folder / "result")
-    found = dict.fromkeys(predictions, "")
+    found, scored = dict.fromkeys(predictions, ""), 0
     official_runner().runner(None, list(bfcl.CATEGORIES), folder / "result", folder / "score")
     for file in folder.glob("score/*/*/*_score.json"):
         header, *wrong = map(json.loads, file.read_text().splitlines())
         assert header["total_count"] - header["correct_count"] == len(wrong)
         found.update({row["id"]: row["error_type"] for row in wrong})
+        scored += header["total_count"]
+    assert scored == len(predictions), "its runner left replies out"
     return found
 
 

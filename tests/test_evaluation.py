@@ -161,13 +161,15 @@ def test_a_limit_marks_the_results_as_partial(by_hand, capsys):
     ("changes", "words"),
     [
         ({"--bench": "no_such=x"}, "no benchmark 'no_such'; --bench takes NAME=PATH with NAME one of examples"),
+        ({"--out": "data.jsonl/out"}, "is not a folder that can be written to"),
         ({"--bench": "examples"}, "such as examples=heldout.jsonl; found 'examples'"),
         ({"--bench": "examples=nowhere.jsonl"}, "cannot read nowhere.jsonl"),
         ({"--predictions": "nowhere.jsonl"}, "cannot read nowhere.jsonl"),
         ({"--predictions": '{"id": "a", "completion": "cut o'}, "line 1: not valid JSON"),
         ({"--predictions": '{"id": "a"}'}, 'line 1: the key "completion" is missing'),
         ({"--predictions": '{"id": 7, "completion": ""}'}, '"id" must be a string, found a number'),
-        ({"--predictions": '{"id": "a", "completion": "", "sample": -1}'}, "from 0 on, found -1"),
+        ({"--predictions": '{"id": "a", "completion": "", "sample": -1}'}, "from 0 to 9999, found -1"),
+        ({"--predictions": '{"id": "a", "completion": "", "sample": 10000000}'}, "from 0 to 9999, found 10000000"),
         ({"--predictions": '{"id": "a", "completion": "", "bench": []}'}, '"bench" must be a string'),
     ],
 )
@@ -311,3 +313,10 @@ def test_a_prompt_that_was_not_asked_is_wrong_even_where_silence_is_right():
     rows = [("w", {"id": "a", "completion": ""}), ("w", {"id": "b", "completion": "", "asked": False})]
     scored = score_bench(bench, match_predictions(rows, [bench]), 1, True)
     assert [row.verdict for row in scored] == [Verdict(True, "spoke"), Verdict(False, "prompt_too_long")]
+
+
+def test_bench_may_be_given_once_or_for_each(by_hand):
+    from eval import parse
+
+    options = parse(["--bench", "examples=a", "--bench", "bfcl=b", "acebench=c", "--predictions", "f", "--out", "o"])
+    assert options.bench == ["examples=a", "bfcl=b", "acebench=c"]

@@ -38,6 +38,7 @@ MAKE_THE_SCORE_WRONG = (NO_PREDICTION, CONFLICTING, MISSING_CATEGORIES)
 TOO_LONG = "prompt_too_long"  # for the model's context: a fault of a case
 WORDINGS = {"train": "train", "released": "released_handler"}  # eval.py's --prompt -> build_messages' wording
 CHANGED = ("all", "leave-out", "only")  # what to do with the cases that changed since the paper
+MOST_SAMPLES = 10_000  # replies to a case: what is missing is counted, up to the highest number that a row names
 Key = tuple[str, str, int]  # benchmark, case id, sample
 
 
@@ -157,8 +158,8 @@ def match_predictions(rows: Iterable[tuple[str, dict]], benches: Sequence[Bench]
     for where, row in rows:
         name, completion = json_field(row, "id", str, where), json_field(row, "completion", str, where)
         sample, finished = row.get("sample", 0), row.get("finished")
-        if type(sample) is not int or sample < 0:
-            raise UserError(f'{where}: "sample" must be a whole number from 0 on, found {sample!r}')
+        if type(sample) is not int or not 0 <= sample < MOST_SAMPLES:
+            raise UserError(f'{where}: "sample" must be a whole number from 0 to {MOST_SAMPLES - 1}, found {sample!r}')
         asked = [json_field(row, "bench", str, where)] if "bench" in row else list(ids)
         answers = [bench for bench in asked if name in ids.get(bench, ())]
         if len(answers) > 1:

@@ -7,8 +7,9 @@ Each reply is scored twice, by the rules of ACEBench e6db74b:
                     official path; that path removes whitespace inside strings and compares lists inside dicts as
                     printed text, so 39 of the gold answers fail on it (ceiling 93.0; 1 fails as decoded calls)
 
-The last call block of a reply counts, as in training, and reasoning is not looked for. Deviations, none of which
-changes what a readable reply is worth: where the official run crashes, the reply is wrong; over-long texts and
+`score` takes a reply and gives both (`Verdict.ok`, `Verdict.also`); `score_text` takes a text written as ACEBench asks
+for it. The last call block of a reply counts, as in training, and reasoning is not looked for. Deviations, none of
+which changes what a readable reply is worth: where the official run crashes, the reply is wrong; over-long texts and
 arithmetic on what is no number are not read (acebench_text).
 """
 
