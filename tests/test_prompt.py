@@ -244,7 +244,7 @@ UNREADABLE = {
     "not JSON: .* at character 1": "{",
     "nested too deeply": "[" * 100_000,
     "more digits than Python reads": "9" * 5000,
-    "longer than 4194304 characters": " " * (prompt.MAX_JSON_LENGTH + 1),
+    "longer than 1048576 characters": " " * (prompt.MAX_JSON_LENGTH + 1),
 }
 
 

@@ -28,7 +28,7 @@ CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 ASSISTANT_MARKER = "<|im_start|>assistant"
 # What may end a reply decoded with its special tokens: ChatML, then LLaMA-3.
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
-MAX_JSON_LENGTH = 2**22  # characters; 8192 tokens of 256 characters come to half of it
+MAX_JSON_LENGTH = 2**20  # characters; 8192 tokens of 128, the longest that Qwen2.5 has
 
 # The text before the tools section of an xLAM row; a ToolACE row brings its own.
 XLAM_SYSTEM = (

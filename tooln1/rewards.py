@@ -98,7 +98,12 @@ def fault_of(reply_text: str, answer: Calls | str, think: bool = True) -> Fault:
 
     With think=False reasoning is not asked for, and "none" is where `binary_no_think` gives 1.
     """
-    gold, reply = _gold_calls(answer), parse_reply(reply_text)
+    gold = _gold_calls(answer)
+    return reply_fault(parse_reply(reply_text), gold, think)
+
+
+def reply_fault(reply: Reply, gold: Calls, think: bool = True) -> Fault:
+    """`fault_of` for a reply that is parsed already."""
     if reply.fault != "none" and (think or reply.fault != "no_think"):
         return reply.fault
     if len(reply.calls) != len(gold):

@@ -2,13 +2,15 @@
 
 The official evaluation removes all whitespace, inside strings too, and reads what is left as a Python expression. So
 does `read_text`, with Python's own parser and without running anything. Deviation: it refuses texts over MAX_TEXT
-characters, and arithmetic other than on numbers and strings or with huge results; the official code evaluates those.
+characters or MAX_MARKS punctuation marks (the longest answer has 1,653 and 324), and arithmetic other than on numbers
+and strings or with huge results; the official code evaluates those.
 """
 
 from __future__ import annotations
 
 import ast
 import operator
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 Call = tuple[str, dict]  # function name, arguments
 
 MAX_TEXT = 2**16  # characters without whitespace; 8192 tokens of a reply are about half of it
+MAX_MARKS = 2**10  # of them neither letters nor digits: the parser takes up to 0.02 ms for one
 MAX_BITS = 2**13  # of the integers that arithmetic makes
 
 
@@ -47,6 +50,8 @@ def read_text(text: str) -> list[Call]:
     text = "".join(text.split())
     if len(text) > MAX_TEXT:
         raise UnreadableText(f"longer than {MAX_TEXT} characters")
+    if len(re.findall(r"\W", text)) > MAX_MARKS:
+        raise UnreadableText(f"more than {MAX_MARKS} punctuation marks")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about backslashes in strings

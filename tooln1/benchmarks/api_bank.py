@@ -34,7 +34,7 @@ from tooln1.data import checked_example
 from tooln1.errors import UserError
 from tooln1.jsonl import field, kind_of, read_rows
 from tooln1.prompt import XLAM_SYSTEM, parse_reply, read_json
-from tooln1.rewards import fault_of
+from tooln1.rewards import reply_fault
 
 LEVELS = {"level-1-given-desc": "level 1", "level-2-toolsearcher": "level 2"}
 EQUAL, SOFT = "name and arguments equal", "ToolRL soft match"
@@ -51,9 +51,10 @@ REQUEST = (
 
 def score(case: Case, completion: str, think: bool = True) -> Verdict:
     """The verdict on a reply: equality (`why` as `rewards.Fault`, without no_think), the soft match beside it."""
-    why = fault_of(completion, case.gold, think=False)
+    reply = parse_reply(completion)
+    why = reply_fault(reply, case.gold, think=False)
     (gold,) = map(_with_parameters, case.gold)
-    soft = soft_match(list(map(_with_parameters, parse_reply(completion).calls or [])), gold)
+    soft = soft_match(list(map(_with_parameters, reply.calls or [])), gold)
     return Verdict(why == "none", "" if why == "none" else why, {SOFT: soft})
 
 

@@ -48,30 +48,37 @@ def javascript_value(text: str, kind: str, element: str | None = None) -> Any:
 # ---------------------------------------------------------------------------------------------------- scalars
 
 
-def _number(pattern: str, make: Callable[[str], Any], suffix: str, text: str) -> Any:
-    """`make` of text that is such a number; a line break may follow it, as `$` lets one pass."""
-    return make(text.rstrip("\n" + suffix)) if re.match(pattern, text) else text
+def _number(pattern: str, make: Callable[[str], Any], suffix: str) -> Callable[[str], Any]:
+    """A reader: `make` of text that is such a number; a line break may follow it, as `$` lets one pass."""
+    match = re.compile(pattern).match
+    return lambda text: make(text.rstrip("\n" + suffix)) if match(text) else text
 
 
-_integer = partial(_number, r"-?\d+$", int, "")
-_long = partial(_number, r"-?\d+[lL]$", int, "lL")
-_float = partial(_number, r"-?\d+(\.\d+)?([eE][+-]?\d+)?[fF]$", float, "fF")
-_double = partial(_number, r"-?\d+(\.\d+)?([eE][+-]?\d+)?$", float, "")
-_javascript_float = partial(_number, r"-?\d+(\.\d+)?$", float, "")
-_bigint = partial(_number, r"-?\d+n$", int, "n")
+_integer = _number(r"-?\d+$", int, "")
+_long = _number(r"-?\d+[lL]$", int, "lL")
+_float = _number(r"-?\d+(\.\d+)?([eE][+-]?\d+)?[fF]$", float, "fF")
+_double = _number(r"-?\d+(\.\d+)?([eE][+-]?\d+)?$", float, "")
+_javascript_float = _number(r"-?\d+(\.\d+)?$", float, "")
+_bigint = _number(r"-?\d+n$", int, "n")
 
 
 def _boolean(text: str) -> Any:
     return {"true": True, "false": False}.get(text, text)
 
 
-def _unquoted(text: str, quotes: str = "\"'") -> str:
+def _unquoted(text: str, quotes: tuple[str, ...] = ('"', "'")) -> str:
     """Text without its outer quotes, where it begins and ends with the same one."""
-    return text[1:-1] if text[:1] == text[-1:] and text[:1] in tuple(quotes) else text
+    return text[1:-1] if text[:1] in quotes and text[:1] == text[-1:] else text
+
+
+# All that int() and float() read, and little else: a try that fails costs much more than this.
+_PERHAPS_NUMBER = re.compile(r"\s*[+-]?(?:inf|nan|\.?\d[\d_.]*(?:e[+-]?\d[\d_]*)?\s*$)", re.IGNORECASE)
 
 
 def _python_number(text: str) -> Any:
     """What int() or float() make of text, which is more than a literal may be: "1_0", "inf", "1e5"."""
+    if not _PERHAPS_NUMBER.match(text):
+        return text
     for make in (int, float):
         try:
             return make(text)
@@ -90,15 +97,19 @@ _JAVASCRIPT_SCALARS: dict[str, Callable[[str], Any]] = {
 }  # fmt: skip
 
 
+_JAVA_SUFFIXES = tuple("lLfF")
+
+
 def _untyped_java(text: str) -> Any:
     """A stripped Java value by its looks: boolean, string, long, float, number, else the text itself."""
     if text in ("true", "false"):
         return _boolean(text)
-    if (bare := _unquoted(text, '"')) != text:
+    if (bare := _unquoted(text, ('"',))) != text:
         return bare
-    for read in (_long, _float):
-        if (value := read(text)) != text:
-            return value
+    if text[-1:] in _JAVA_SUFFIXES:
+        for read in (_long, _float):
+            if (value := read(text)) != text:
+                return value
     return _python_number(text)
 
 
@@ -114,8 +125,6 @@ def _untyped_javascript(text: str) -> Any:
 # ---------------------------------------------------------------------------------------------------- scanning
 
 _SPACE, _COLONS = re.compile(r"\s*"), re.compile(":*")
-_MAP_BODY = re.compile(r">\s*\(\)\s*\{\s*\{?\s*")
-_NEXT_ROW = re.compile(r",\s*\[")
 
 
 class _Lines:
@@ -136,13 +145,13 @@ def _after_space(text: str, start: int) -> int:
     return _SPACE.match(text, start).end()
 
 
-def _enclosed(text: str, opening: str, closing: str, least: int = 0) -> Iterator[str]:
-    """What stands between an opening (a pattern) and the next `closing` on the same line, from left to right.
+def _enclosed(text: str, opening: re.Pattern, closing: str, least: int = 0) -> Iterator[str]:
+    """What stands between an opening and the next `closing` on the same line, from left to right.
 
     least: characters there are at least between the two.
     """
     lines, used, dead = _Lines(text), 0, -1  # used: end of the last find; dead: end of a line found to lack `closing`
-    for match in re.finditer(opening, text):
+    for match in opening.finditer(text):
         start = match.end()
         if match.start() < used or start <= dead:
             continue
@@ -157,10 +166,15 @@ def _enclosed(text: str, opening: str, closing: str, least: int = 0) -> Iterator
 
 # -------------------------------------------------------------------------------------------- Java collections
 
+_NEW_ARRAY, _ADD = re.compile(r"new\s+\w+\[\]\s*\{"), re.compile(r"add\(")
+_NEW_LIST, _LIST_BODY = re.compile(r"new\s+ArrayList<\w*>\(\)"), re.compile(r"new\s+ArrayList<\w*>\(\)\s*\{\{\s*")
+_LIST_OF = re.compile(r"new\s+ArrayList<\w*>\(Arrays\.asList\(")
+_NEW_MAP, _MAP_BODY = re.compile(r"new\s+HashMap<"), re.compile(r">\s*\(\)\s*\{\s*\{?\s*")
+
 
 def _java_array(text: str, element: str | None) -> Any:
     """`new Word[] {a, b}` anywhere in the text; elements keep their quotes."""
-    content = next(_enclosed(text, r"new\s+\w+\[\]\s*\{", "}"), None)
+    content = next(_enclosed(text, _NEW_ARRAY, "}"), None)
     if content is None:
         return text
     read = partial(java_value, kind=element) if element else _untyped_java
@@ -172,15 +186,15 @@ def _java_list(text: str, element: str | None) -> Any:
 
     Strings and characters lose the first and the last character, whatever it is.
     """
-    listed = next(_enclosed(text, r"new\s+ArrayList<\w*>\(Arrays\.asList\(", "))", least=1), None)
+    listed = next(_enclosed(text, _LIST_OF, "))", least=1), None)
     if listed is not None:
         return [_list_element(part.strip(), element) for part in listed.split(",")]
-    block = re.search(r"new\s+ArrayList<\w*>\(\)\s*\{\{\s*", text)
+    block = _LIST_BODY.search(text)
     end = text.find("}}", block.end() + 1) if block else -1
     if end >= 0:
-        added = _enclosed(text[block.end() : end], r"add\(", ")", least=1)
+        added = _enclosed(text[block.end() : end], _ADD, ")", least=1)
         return [_list_element(part.strip(), element) for part in added]
-    return [] if re.search(r"new\s+ArrayList<\w*>\(\)", text) else text
+    return [] if _NEW_LIST.search(text) else text
 
 
 def _list_element(text: str, element: str | None) -> Any:
@@ -191,7 +205,7 @@ def _list_element(text: str, element: str | None) -> Any:
 
 def _java_map(text: str, element: None = None) -> Any:
     """`new HashMap<...>() {{ put("k", v); }}` with one pair of braces or two, else `new HashMap<...>()`."""
-    head = re.search(r"new\s+HashMap<", text)
+    head = _NEW_MAP.search(text)
     body = _MAP_BODY.search(text, head.end()) if head else None
     end = text.find("}", body.end()) if body else -1
     if end >= 0:
@@ -227,7 +241,7 @@ def _has_empty_map(text: str) -> bool:
     """Whether `new HashMap<` and `>()` stand on one line."""
     ends = [match.start() for match in re.finditer(r">\s*\(\)", text)]
     lines = _Lines(text)
-    for head in re.finditer(r"new\s+HashMap<", text):
+    for head in _NEW_MAP.finditer(text):
         place = bisect_left(ends, head.end())
         if place < len(ends) and ends[place] < lines.end_of(head.end()):
             return True
@@ -238,16 +252,23 @@ _JAVA_COLLECTIONS = {"Array": _java_array, "ArrayList": _java_list, "HashMap": _
 
 # -------------------------------------------------------------------------------------- JavaScript collections
 
+_ARRAY, _ROWS = re.compile(r"\[|new\s+Array\("), re.compile(r"(?:\[|new\s+Array\()\s*\[")
+# The rest of a row, with group 1 if the array is closed behind it, else to where the next row begins.
+_REST_OF_ROW = {sign: re.compile(rf"[^\n]*?\]\s*+(?:({re.escape(sign)})|,\s*+\[)") for sign in "])"}
+_ROW = re.compile(r"\[([^\n\]]*+)\]")
+# The comma between two members: a key follows, with a colon before the next comma (group 1), or a space as the key.
+_NEXT_MEMBER = re.compile(r",\s*+(?:([^,][^,:]*+:)|(?<=\s):)")
+
 
 def _javascript_array(text: str, element: str | None = None) -> Any:
     """`[a, b]` or `new Array(a, b)` at the start of the text, up to the first closing bracket; or rows of them."""
     text = text.strip()
-    if rows := _rows(text):
-        first, *others = (row.strip() for row in _enclosed(rows, r"\[", "]"))
-        return [[_untyped_javascript(part) for part in row.split(",")] for row in (first.removeprefix("["), *others)]
-    head = re.match(r"\[|new\s+Array\(", text)
+    head = _ARRAY.match(text)
     if not head:
         return text
+    if rows := _rows(text):
+        first, *others = (row.strip() for row in _ROW.findall(rows))
+        return [[_untyped_javascript(part) for part in row.split(",")] for row in (first.removeprefix("["), *others)]
     end = text.find(")" if head.end() > 1 else "]", head.end(), _Lines(text).end_of(head.end()))
     if end < 0:
         return text
@@ -265,25 +286,23 @@ def _rows(text: str) -> str | None:
     A row may hold anything but a line break. It ends at the first "]" after which the array is closed or the next
     row begins.
     """
-    head = re.match(r"(\[|new\s+Array\()\s*\[", text)
+    head = _ROWS.match(text)
     if not head:
         return None
-    closing = "]" if head[1] == "[" else ")"
-    lines, start = _Lines(text), head.end()
-    while (end := text.find("]", start, lines.end_of(start))) >= 0:
-        after = _after_space(text, end + 1)
-        if text.startswith(closing, after):
-            return text[: after + 1]
-        row = _NEXT_ROW.match(text, after)
-        start = row.end() if row else end + 1
+    rest, row = _REST_OF_ROW["]" if text.startswith("[") else ")"], head
+    while row := rest.match(text, row.end()):
+        if row[1]:
+            return text[: row.end()]
     return None
 
 
 def _javascript_object(text: str, element: None = None) -> Any:
     """`{key: value, ...}` at the start of the text, up to the first "}" of its line."""
     text = text.strip()
+    if not text.startswith("{"):
+        return text
     end = text.find("}", 1, _Lines(text).end_of(1))
-    if not text.startswith("{") or end < 0:
+    if end < 0:
         return text
     return dict(_members(text[1:end]))
 
@@ -312,15 +331,10 @@ def _member_end(content: str, start: int) -> tuple[int, int]:
 
     A value ends at a comma that precedes a key: one with a colon, and something before it, before the next comma.
     """
-    comma = content.find(",", start)
-    while comma >= 0:
-        key, stop = _after_space(content, comma + 1), content.find(",", comma + 1)
-        if content.find(":", key + 1, stop if stop >= 0 else len(content)) >= 0:
-            return comma, key
-        if key > comma + 1 and content.startswith(":", key):  # then the space before it is the key
-            return comma, key - 1
-        comma = stop
-    return len(content), len(content)
+    found = _NEXT_MEMBER.search(content, start)
+    if not found:
+        return len(content), len(content)
+    return found.start(), found.start(1) if found[1] else found.end() - 2
 
 
 _JAVASCRIPT_COLLECTIONS = {"array": _javascript_array, "dict": _javascript_object}
