@@ -170,7 +170,7 @@ def test_dropped_steps_are_counted_by_reason(write):
         "call does not parse: an argument without 'name='": 2,
         "no user or tool turn right before it": 2,
         "tool list unreadable": 2,
-        "holds NaN, infinity or half a surrogate pair": 1,
+        "holds NaN, infinity, half a surrogate pair or very deep nesting": 1,
     }
 
 
@@ -190,7 +190,7 @@ def test_dropped_xlam_rows_are_counted_by_reason(write):
         "no call": 1,
         "calls a tool outside the list": 1,
         "call does not parse: an answer without a name and arguments": 1,
-        "holds NaN, infinity or half a surrogate pair": 2,
+        "holds NaN, infinity, half a surrogate pair or very deep nesting": 2,
         "tool list unreadable": 1,
     }
 
@@ -231,7 +231,7 @@ MALFORMED = {
         ('{"system": "s"}', 'line 1: the key "conversations" is missing'),
         ('{"system": "s", "conversations": [1]}', "line 1, turn 0: expected"),
         ('{"system": "s", "conversations": [{"from": "user"}]}', 'turn 0: the key "value" is missing'),
-        ('{"system": "s", "conversations": [{"from": "bot", "value": ""}]}', 'unknown role "bot"'),
+        ('{"system": "s", "conversations": [{"from": "bot", "value": ""}]}', "unknown role 'bot'"),
         ('{"system": 1, "conversations": []}', '"system" must be a string'),
     ],
 }
@@ -361,6 +361,15 @@ def test_drop_long():
     limit = sum(len(m["content"]) for m in build_messages(short))
     assert drop_long([short, long], Letters(), limit) == ([short], 1)
     assert drop_long([short, long], Letters(), limit - 1) == ([], 2)
+
+
+def test_a_template_that_refuses_an_example_is_told_with_its_id():
+    class Strict:
+        def render(self, messages, *, add_generation_prompt):
+            raise UserError("roles must alternate")
+
+    with pytest.raises(UserError, match="^example 'e7': roles must alternate"):
+        drop_long([example("e7")], Strict(), 10)
 
 
 # ---------------------------------------------------------------------------------------------- command line

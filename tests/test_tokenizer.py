@@ -3,16 +3,25 @@
 import gzip
 import json
 import shutil
+import subprocess
+import sys
+import time
 from datetime import datetime
+from pathlib import Path
 
+import jinja2
 import pytest
 import tokenizers
 from conftest import shared
+from hostile_templates import COSTLY, ESCAPES
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from tooln1.chat_template import ALLOWANCE, Sandbox
+from tooln1.errors import UserError
 from tooln1.hub import local_directory
 from tooln1.tokenizer import Tokenizer, load_tokenizer
 
+ROOT = Path(__file__).resolve().parents[1]
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
@@ -187,7 +196,7 @@ def test_what_templates_may_use(tmp_path, template, expected):
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[0].content.nothing.more }}", "nothing"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
-        ("{{ lipsum.__globals__['os'].popen('id').read() }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__['os'].popen('id').read() }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ messages[0].update(role='x') }}", "unsafe"),
         ("{% include '/etc/hostname' %}", "no loader"),
@@ -203,6 +212,86 @@ def test_templates_that_fail_or_attack(tmp_path, template, words):
         tokenizer.render(messages)
     assert str(tmp_path) in str(caught.value)
     assert messages == MESSAGES
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_templates_that_take_too_much_are_refused_soon(tmp_path, name):
+    make_directory(tmp_path, COSTLY[name])
+    start = time.process_time()
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(tmp_path).render([dict(MESSAGES[0])])
+    assert time.process_time() - start < 5
+    assert str(tmp_path) in str(caught.value) and len(str(caught.value)) < 1000
+
+
+MEMORY = """
+import resource, sys
+sys.path.insert(0, "tests")
+from hostile_templates import COSTLY
+from tooln1.chat_template import compile_template
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for source in COSTLY.values():
+    try:
+        compile_template(source)(messages=[{"role": "user", "content": "hi"}], tools=None)
+    except Exception:
+        continue
+    raise SystemExit(f"not refused: {source[:80]}")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_templates_that_take_too_much_do_not_get_the_memory():
+    done = subprocess.run([sys.executable, "-c", MEMORY], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and int(done.stdout) < 500, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_templates_reach_nothing_of_python(tmp_path, name):
+    tokenizer = load_tokenizer(make_directory(tmp_path, ESCAPES[name]))
+    messages = [dict(MESSAGES[0])]
+    try:
+        text = tokenizer.render(messages)
+    except UserError:
+        text = ""
+    assert messages == MESSAGES
+    for word in ("class '", "class", "module", "object", "function <", "frame", "code", "built-in", "globals", "0x"):
+        assert word not in text
+
+
+def test_a_long_conversation_takes_a_small_part_of_what_a_template_may(qwen):
+    turns = [{"role": ("user", "assistant")[i % 2], "content": "Sum these numbers: 1, 2. " * 40} for i in range(1000)]
+    text = qwen.render([{"role": "system", "content": "s" * 10_000}, *turns], add_generation_prompt=True)
+    assert len(text) > 1_000_000
+    sandbox = Sandbox()
+    template = sandbox.from_string((shared("reference/qwen2.5-tokenizer") / "chat_template.jinja").read_text())
+    sandbox.begin()
+    assert template.render(messages=turns, tools=None) and sandbox.left > 0.8 * ALLOWANCE
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ 'a' + 'b' ~ 1 + 'c' }}{{ 1 + 2 + 3 }}{{ [1] + [2] }}", "ab1c6[1, 2]"),
+        ("{{ 2 ** 10 }} {{ 7 // 2 }} {{ 7 % 4 }} {{ 'x' * 3 }} {{ '%s-%d' % ('a', 5) }}", "1024 3 3 xxx a-5"),
+        ("{% for a, b in {'x': 1}|items %}{{ a }}{{ b }}{{ loop.length }}{{ loop.last }}{% endfor %}", "x11True"),
+        ("{% for i in [1, 2, 3]|select('odd') %}{{ i }}{{ loop.revindex }}{% endfor %}", "1231"),
+        ("{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}", "123"),
+        ("{% macro f(x) %}<{{ x }}{{ caller() if caller }}>{% endmacro %}{{ f(1) }}{% call f(2) %}!{% endcall %}",
+         "<1><2!>"),
+        ("{{ 'a,b'.split(',')[1:] }}{{ ' x '.strip() }}{{ 'aXa'.replace('a', 'bb') }}{{ 'x'.format() }}",
+         "['b']xbbXbbx"),
+        ("{{ '{:>3}|{n}'.format(1, n=2) }}{{ 'ab'.startswith('a') }}{{ ['x', 'y']|join('-') }}", "  1|2Truex-y"),
+        ("{{ {'a': 1}.get('b', 'none') }}{{ {'a': 1}.items()|list }}{{ 'a' in {'a': 1} }}", "none[('a', 1)]True"),
+        ("{{ [3, 1, 2]|sort|list }}{{ ['a', 'B']|map('upper')|list }}{{ 'x y'|title }}{{ 3.14159|round(2) }}",
+         "[1, 2, 3]['A', 'B']X Y3.14"),
+        ("{{ 'a\nb'|indent(2) }}{{ [{'a': 1}]|map(attribute='a')|sum }}{{ 'x' is string }}{{ 4 is divisibleby 2 }}",
+         "a\n  b1TrueTrue"),
+    ],
+)  # fmt: skip
+def test_the_sandbox_changes_no_result(tmp_path, template, expected):
+    plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    assert plain.from_string(template).render() == expected
+    assert load_tokenizer(make_directory(tmp_path, template)).render(MESSAGES) == expected
 
 
 def test_which_template_is_used(tmp_path):
@@ -275,6 +364,9 @@ def test_no_stop_id_is_an_error_where_one_is_needed(tmp_path, config):
         ("generation_config.json", b'{"eos_token_id": [1, null]}'),
         ("generation_config.json", b'{"eos_token_id": true}'),
         ("generation_config.json", b'{"eos_token_id": -1}'),
+        ("generation_config.json", b'{"eos_token_id": 259}'),
+        ("generation_config.json", b'{"eos_token_id": [257, 1000000000000000000000]}'),
+        ("special_tokens_map.json", b'{"eos_token": '),
     ],
     ids=lambda value: value[:30].decode("latin-1") if isinstance(value, bytes) else value,
 )
@@ -285,6 +377,36 @@ def test_broken_files_are_named(tmp_path, name, content):
         load_tokenizer(tmp_path)
     assert type(caught.value).__name__ == "UserError"
     assert str(tmp_path / name) in str(caught.value)
+
+
+DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+REGEX = {"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 65}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("normalizer", {"type": "Sequence", "normalizers": [DOUBLE] * 40}),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [DOUBLE] * 4}] * 4}),
+        ("normalizer", {"type": "Sequence", "normalizers": [REGEX]}),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [BYTES] * 40}),
+    ],
+)
+def test_a_tokenizer_that_makes_texts_grow_is_refused(tmp_path, part, value):
+    file = make_directory(tmp_path) / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {part: value}))
+    with pytest.raises(UserError, match=r"tokenizer.json: its normalizers would make a text up to \d+ times as long"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_panic_in_rust_is_a_sentence(tmp_path, capfd):
+    file = make_directory(tmp_path) / "tokenizer.json"
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pre_tokenizer": split}))
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="the tokenizer cannot encode a text"):
+        tokenizer.encode("a" * 40 + "!")  # its regular expression gives up after ten million steps
 
 
 def test_missing_tokenizer_file(tmp_path):

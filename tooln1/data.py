@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from tooln1.errors import UserError, atomic_write, exit_on_user_error
-from tooln1.jsonl import field, kind_of, parse_json, read_rows
+from tooln1.jsonl import field, is_deep, kind_of, parse_json, read_rows, shown
 from tooln1.order import IRRELEVANT, EpochOrder, split
 from tooln1.prompt import XLAM_SYSTEM, build_messages
 from tooln1.toolace import CallSyntaxError, is_call_turn, parse_calls, parse_function_call, split_system
@@ -41,7 +41,7 @@ OUTSIDE = "calls a tool outside the list"
 UNPARSABLE = "call does not parse"
 NO_TOOLS = "tool list unreadable"
 NO_QUESTION = "no user or tool turn right before it"
-NOT_JSON = "holds NaN, infinity or half a surrogate pair"
+NOT_JSON = "holds NaN, infinity, half a surrogate pair or very deep nesting"
 TABLE_NOTE = (
     "Raw: rows; a ToolACE row is multi with more than one assistant turn.\n"
     "Processed: instances, one per call step; multi from the third turn on, as the released code has it."
@@ -150,7 +150,7 @@ def _turn(turn: Any, where: str) -> tuple[str, str, bool]:
         raise UserError(f'{where}: expected {{"from": ..., "value": ...}}, found {kind_of(turn)}')
     role, text = field(turn, "from", str, where), field(turn, "value", str, where)
     if role not in ROLES:
-        raise UserError(f'{where}: unknown role "{role}"; known are {", ".join(ROLES)}')
+        raise UserError(f"{where}: unknown role {shown(role)}; known are {', '.join(ROLES)}")
     return ROLES[role], text, role == "function_call"
 
 
@@ -200,12 +200,13 @@ def _is_call(value: Any) -> bool:
 
 
 def _is_storable(value: Any) -> bool:
-    """Whether strict JSON in UTF-8 can hold it: no NaN, no infinity, no half surrogate pair."""
+    """Whether a row in strict JSON and UTF-8 can hold it: no NaN, no infinity, no half surrogate pair, not too deep."""
     try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
     except (ValueError, RecursionError):  # UnicodeEncodeError is a ValueError
         return False
-    return True
+    return not is_deep(value, text)
 
 
 # ------------------------------------------------------------------------------- the project's own JSONL
@@ -239,7 +240,7 @@ def _check_example(row: dict, where: str, seen: set[str]) -> dict:
     """`row` itself when it makes an Example; `seen` collects the ids."""
     known = {part.name for part in fields(Example)}
     if unknown := sorted(set(row) - known):
-        raise UserError(f"{where}: unknown key {unknown[0]!r}; an example has {', '.join(sorted(known))}")
+        raise UserError(f"{where}: unknown key {shown(unknown[0])}; an example has {', '.join(sorted(known))}")
     for key in ("id", "source", "system"):
         field(row, key, str, where)
     for number, tool in enumerate(field(row, "tools", list, where)):
@@ -252,16 +253,16 @@ def _check_example(row: dict, where: str, seen: set[str]) -> dict:
             raise UserError(f"{place}: expected an object, found {kind_of(message)}")
         field(message, "content", str, place)
         if (role := field(message, "role", str, place)) not in ("user", "assistant", "tool"):
-            raise UserError(f'{place}: the role must be user, assistant or tool, found "{role}"')
+            raise UserError(f"{place}: the role must be user, assistant or tool, found {shown(role)}")
     if not messages or messages[-1]["role"] == "assistant":
         raise UserError(f"{where}: messages must end with a user or tool turn, which the answer answers")
     for number, call in enumerate(field(row, "answer", list, where)):
         if not _is_call(call) or len(call) > 2:
             raise UserError(f'{where}: answer[{number}] must be {{"name": a string, "arguments": an object}}')
     if not _is_storable(row):
-        raise UserError(f"{where}: {NOT_JSON}, which JSON in UTF-8 cannot carry; remove the row or the value")
+        raise UserError(f"{where}: {NOT_JSON}, which a row cannot carry; remove the row or the value")
     if row["id"] in seen:
-        raise UserError(f'{where}: the id "{row["id"]}" was given before; ids must be unique in a file')
+        raise UserError(f'{where}: the id "{row["id"][:80]}" was given before; ids must be unique in a file')
     seen.add(row["id"])
     return row
 
@@ -279,10 +280,16 @@ class ChatTokenizer(Protocol):
 def drop_long(
     examples: list[Example], tokenizer: ChatTokenizer, max_prompt_tokens: int
 ) -> tuple[list[Example], int]:
-    """(examples whose rendered prompt has at most `max_prompt_tokens` tokens, number of the others)."""
+    """(examples whose rendered prompt has at most `max_prompt_tokens` tokens, number of the others).
+
+    Raises UserError, naming the example, where the chat template refuses it.
+    """
     kept = []
     for example in tqdm(examples, desc="prompt lengths", unit="prompt", disable=None):
-        prompt = tokenizer.render(build_messages(example), add_generation_prompt=True)
+        try:
+            prompt = tokenizer.render(build_messages(example), add_generation_prompt=True)
+        except UserError as error:
+            raise UserError(f"example {shown(example.id)}: {error}") from error
         short = len(prompt.encode()) <= max_prompt_tokens  # a token is a byte at least: no need to count
         if short or len(tokenizer.encode(prompt)) <= max_prompt_tokens:
             kept.append(example)

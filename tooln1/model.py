@@ -24,8 +24,9 @@ from torch.utils.checkpoint import checkpoint
 from tooln1.attention import causal
 from tooln1.errors import UserError, atomic_directory
 from tooln1.hub import local_directory
+from tooln1.jsonl import parse_json, read_text
 from tooln1.model_config import ModelConfig, parse_config
-from tooln1.weights import read_weights, write_weights
+from tooln1.weights import read_weights, stored_tensors, write_weights
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]"""
@@ -209,11 +210,7 @@ def sequence_logits(model: Transformer, ids: list[int]) -> Tensor:
 def read_config(path: str | Path) -> ModelConfig:
     """The configuration of a model directory or hub id."""
     file = local_directory(path, MODEL_FILES) / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as a model configuration ({error}).") from error
-    return parse_config(raw, str(file))
+    return parse_config(parse_json(read_text(file), str(file), constants=True), str(file))
 
 
 def load_model(
@@ -234,11 +231,13 @@ def load_model(
             f"{path}: its tokenizer has {vocabulary} ids, the model {config.vocab_size}; they do not belong together."
         )
     directory = local_directory(path, MODEL_FILES)
+    stored = stored_tensors(directory, ("rotary_emb.inv_freq", "lm_head.weight")[: 1 + config.tie_word_embeddings])
+    if config.num_hidden_layers > len(stored):  # told before so many layers are built
+        raise UserError(f"{directory}: {len(stored)} weights are no {config.num_hidden_layers} layers of config.json.")
     with torch.device("meta"):
         model = Transformer(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    unneeded = ("rotary_emb.inv_freq",) + (("lm_head.weight",) if config.tie_word_embeddings else ())
-    state = read_weights(directory, shapes, unneeded, dtype, device)
+    state = read_weights(directory, stored, shapes, dtype, device)
     model.load_state_dict(state, strict=True, assign=True)
     model.source, model.vocabulary = directory, vocabulary or config.vocab_size
     return model

@@ -6,6 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from tooln1.errors import UserError
+from tooln1.jsonl import shown
+
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim",
+)  # fmt: skip
+MAX_SIZE = 2**24  # of each; a matrix of two of them still has a size that 64 bits can count
 
 
 @dataclass(frozen=True)
@@ -68,62 +75,65 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
     for key in needed:
         if values.get(key) is None:
             raise UserError(f"{where}: '{key}' is missing; the model cannot be built without it.")
-    try:
-        heads = int(raw["num_attention_heads"])
-        config = ModelConfig(
-            vocab_size=int(raw["vocab_size"]),
-            hidden_size=int(raw["hidden_size"]),
-            intermediate_size=int(raw["intermediate_size"]),
-            num_hidden_layers=int(raw["num_hidden_layers"]),
-            num_attention_heads=heads,
-            num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
-            rms_norm_eps=float(raw["rms_norm_eps"]),
-            rope_theta=float(values["rope_theta"]),
-            rope_scaling=_llama3_scaling(scaling) if rope_type == "llama3" else None,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=raw["model_type"] == "qwen2",
-            initializer_range=float(raw.get("initializer_range", 0.02)),
-            raw=raw,
-        )
-    except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
-        raise UserError(f"{where}: a value has the wrong type or is missing ({error}).") from error
-    _check_sizes(config, where)
+    sizes = {key: _number(raw, key, int, where) for key in SIZES if raw.get(key) is not None}
+    if raw.get("max_position_embeddings") is not None:
+        _number(raw, "max_position_embeddings", int, where)  # evaluation reads it there
+    heads = sizes["num_attention_heads"]
+    config = ModelConfig(
+        **{"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads} | sizes,
+        rms_norm_eps=_number(raw, "rms_norm_eps", float, where),
+        rope_theta=_number(values, "rope_theta", float, where),
+        rope_scaling=_llama3_scaling(scaling, where) if rope_type == "llama3" else None,
+        tie_word_embeddings=_flag(raw, "tie_word_embeddings", where),
+        qkv_bias=raw["model_type"] == "qwen2",
+        initializer_range=_number({"initializer_range": 0.02} | raw, "initializer_range", float, where),
+        raw=raw,
+    )
+    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2 or config.head_dim < 2:
+        raise UserError(f"{where}: num_attention_heads must be a multiple of num_key_value_heads, head_dim even.")
     return config
+
+
+def _number(raw: dict[str, Any], key: str, kind: type[int] | type[float], where: str) -> Any:
+    """A positive number of the config: an integer up to MAX_SIZE, or a float; not what only passes for one."""
+    value = raw.get(key)
+    if type(value) not in (int, kind) or not 0 < value <= (MAX_SIZE if kind is int else 1e300):
+        wanted = f"an integer from 1 to {MAX_SIZE}" if kind is int else "a number above 0"
+        raise UserError(f"{where}: '{key}' must be {wanted}, found {shown(str(value))}.")
+    return kind(value)
+
+
+def _flag(raw: dict[str, Any], key: str, where: str) -> bool:
+    value = raw.get(key)
+    if value is not None and type(value) is not bool:
+        raise UserError(f"{where}: '{key}' must be true or false, found {shown(str(value))}.")
+    return bool(value)
 
 
 def _refuse_unsupported(raw: dict[str, Any], rope_type: Any, where: str) -> None:
     """Another architecture, sliding windows in use, an unknown RoPE, quantised weights, biases elsewhere."""
     model_type, llama = raw.get("model_type"), raw.get("model_type") == "llama"
     for wrong, what in (
-        (model_type not in ("qwen2", "llama"), f"model_type {model_type!r}"),
+        (model_type not in ("qwen2", "llama"), f"model_type {shown(str(model_type))}"),
         (raw.get("quantization_config"), "a quantised checkpoint (quantization_config)"),
-        (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r}"),
+        (raw.get("hidden_act", "silu") != "silu", f"hidden_act {shown(str(raw.get('hidden_act')))}"),
         (raw.get("use_sliding_window"), "sliding-window attention (use_sliding_window)"),
         ("sliding_attention" in (raw.get("layer_types") or []), "sliding-window attention (layer_types)"),
         (llama and (raw.get("attention_bias") or raw.get("mlp_bias")), "a LLaMA with biases"),
-        (rope_type not in ("default", "llama3"), f"RoPE type {rope_type!r}"),
+        (rope_type not in ("default", "llama3"), f"RoPE type {shown(str(rope_type))}"),
     ):
         if wrong:
             raise UserError(f"{where}: {what} is not supported; Qwen2, Qwen2.5 and LLaMA 3 checkpoints are.")
 
 
-def _check_sizes(config: ModelConfig, where: str) -> None:
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "head_dim")  # fmt: skip
-    if wrong := [name for name in sizes if getattr(config, name) < 1]:
-        raise UserError(f"{where}: '{wrong[0]}' must be at least 1.")
-    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
-        raise UserError(f"{where}: num_attention_heads must be a multiple of num_key_value_heads, head_dim even.")
-
-
-def _llama3_scaling(scaling: dict[str, Any]) -> Llama3Scaling:
-    return Llama3Scaling(
-        factor=float(scaling["factor"]),
-        low_freq_factor=float(scaling["low_freq_factor"]),
-        high_freq_factor=float(scaling["high_freq_factor"]),
-        original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
+def _llama3_scaling(scaling: dict[str, Any], where: str) -> Llama3Scaling:
+    scaled = Llama3Scaling(
+        *(_number(scaling, key, float, where) for key in ("factor", "low_freq_factor", "high_freq_factor")),
+        _number(scaling, "original_max_position_embeddings", int, where),
     )
+    if scaled.low_freq_factor >= scaled.high_freq_factor:
+        raise UserError(f"{where}: 'low_freq_factor' must be below 'high_freq_factor'.")
+    return scaled
 
 
 def pair_cost(config: ModelConfig) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tooln1.data import Example, checked_example
 from tooln1.errors import UserError
-from tooln1.jsonl import field, read_rows
+from tooln1.jsonl import field, read_rows, shown
 from tooln1.prompt import build_messages, format_reply
 from tooln1.rollout import Rollout
 from tooln1.tokenizer import Tokenizer
@@ -36,7 +36,10 @@ def demonstrations(
     """
     rollouts = []
     for group, (example, reply) in enumerate(pairs):
-        prompt, target = _tokens(build_messages(example, think), reply, tokenizer)
+        try:
+            prompt, target = _tokens(build_messages(example, think), reply, tokenizer)
+        except UserError as error:
+            raise UserError(f"example {shown(example.id)}: {error}") from error
         if on_prompt:
             prompt, target = prompt[:1], [*prompt[1:], *target]
         rollouts.append(Rollout(group, 0, prompt, target, [0.0] * len(target), True))

@@ -1,27 +1,24 @@
 """Text to token ids and back, and chat messages to text by the model's own template.
 
-`tokenizers` does the first, jinja2 the second: in a sandbox, with the filters and the white-space rules that
-transformers gives a chat template, so that the same messages become the same tokens. Sources: the model's
-tokenizer.json, tokenizer_config.json (or chat_template.jinja) and generation_config.json.
+`tokenizers` does the first, chat_template.py the second. Sources: the model's tokenizer.json,
+tokenizer_config.json (or chat_template.jinja) and generation_config.json.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
-from collections.abc import Iterable
-from datetime import datetime
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from tooln1.chat_template import compile_template
 from tooln1.errors import UserError
 from tooln1.hub import local_directory
+from tooln1.jsonl import parse_json, read_text, shown
 
 TOKENIZER_FILES = [
     "tokenizer.json",
@@ -30,6 +27,8 @@ TOKENIZER_FILES = [
     "chat_template.jinja",
     "generation_config.json",
 ]
+MAX_TOKENIZER = 2**27  # bytes of tokenizer.json; published ones have up to 40 million
+MAX_GROWTH = 64  # of a text by normalizers; published ones at most double it
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -58,7 +57,7 @@ class Tokenizer:
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
-        templates: dict[str, jinja2.Template],  # "default", perhaps "tool_use"; empty where there is none
+        templates: dict[str, Callable[..., str]],  # "default", perhaps "tool_use"; empty where there is none
         special_tokens: dict[str, str],  # "eos_token" -> "<|im_end|>", ...; what templates may name
         stop_ids: tuple[int, ...],  # empty where the files name none
         directory: Path,  # for error texts
@@ -90,17 +89,20 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`; special tokens written out in it are recognised, none is added.
 
-        A lone surrogate, which no UTF-8 text can hold, counts as U+FFFD.
+        A lone surrogate, which no UTF-8 text can hold, counts as U+FFFD. Raises UserError where tokenizer.json
+        cannot encode the text.
         """
-        try:
-            return self._backend.encode(text, add_special_tokens=False).ids
-        except TypeError:  # how `tokenizers` refuses a str that is not valid Unicode
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return self._backend.encode(text, add_special_tokens=False).ids
+        with _told(f"{self._directory}: the tokenizer cannot encode a text"):
+            try:
+                return self._backend.encode(text, add_special_tokens=False).ids
+            except TypeError:  # how `tokenizers` refuses a str that is not valid Unicode
+                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of token ids. Broken UTF-8 becomes U+FFFD; ids beyond the vocabulary become nothing."""
-        return self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
+        with _told(f"{self._directory}: the tokenizer cannot decode"):
+            return self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
 
     def render(
         self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False
@@ -111,7 +113,8 @@ class Tokenizer:
         tools:    handed to the template, for models that describe tools by themselves; Tool-N1's own prompt
                   has its tools in the system message and leaves this None.
         add_generation_prompt: end with the opening of an assistant turn, for the model to go on from.
-        Raises UserError where there is no template, or with the template's own words where it refuses.
+        Raises UserError where there is no template, with the template's own words where it refuses, and where it
+        takes more time or memory than a chat template may.
         """
         # The order in which transformers chooses among named templates.
         wanted = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
@@ -122,7 +125,7 @@ class Tokenizer:
             )
         context = {"messages": messages, "tools": tools, "documents": None} | self._special_tokens
         try:
-            return self._templates[wanted].render(context, add_generation_prompt=add_generation_prompt)
+            return self._templates[wanted](**context, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # a template is a program of the model's maker: it may fail in any way
             raise UserError(
                 f"{self._directory}: the chat template does not accept these messages: {_words(error)}"
@@ -134,12 +137,9 @@ class Tokenizer:
 
 def _read_json_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; {} where the file does not exist."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(file):
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {_words(error)}") from error
+    value = parse_json(read_text(file), str(file), constants=True)
     if not isinstance(value, dict):
         raise UserError(f"{file}: holds {type(value).__name__}, not a JSON object")
     return value
@@ -148,14 +148,42 @@ def _read_json_object(file: Path) -> dict[str, Any]:
 def _read_backend(file: Path) -> tokenizers.Tokenizer:
     if not file.is_file():
         raise UserError(f"{file}: no such file; a tokenizer is read from tokenizer.json (the fast format)")
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # `tokenizers` raises plain Exception
-        raise UserError(f"{file}: not a tokenizer that can be read: {_words(error)}") from error
+    text = read_text(file, MAX_TOKENIZER)
+    raw = parse_json(text, f"{file}: not a tokenizer that can be read", constants=True)
+    parts = [raw.get("normalizer"), raw.get("pre_tokenizer")] if isinstance(raw, dict) else []
+    if (growth := _growth(parts)) > MAX_GROWTH:  # told before any text, a special token say, goes through them
+        raise UserError(f"{file}: its normalizers would make a text up to {growth:.0f} times as long, which none needs")
+    with _told(f"{file}: not a tokenizer that can be read"):
+        backend = tokenizers.Tokenizer.from_str(text)
     # Settings of whoever saved the file would cut or pad every text.
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _growth(part: Any) -> float:
+    """How many times as long a text may become by normalizers, given as their JSON: in a chain they multiply."""
+    if isinstance(part, list):
+        return math.prod(map(_growth, part))
+    if not isinstance(part, dict):
+        return 1.0
+    own = {"ByteLevel": 2.0, "Precompiled": 4.0}.get(str(part.get("type")), 1.0)
+    if isinstance(content := part.get("content"), str):  # of Replace; a regular expression may match one character
+        pattern = part.get("pattern")
+        text = pattern.get("String") if isinstance(pattern, dict) else None
+        own = max(1.0, len(content) / max(1, len(text) if isinstance(text, str) else 1))
+    return min(own * _growth(list(part.values())), 1e9)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """What `tokenizers` raises, as a UserError that begins with `what`."""
+    try:
+        yield
+    except BaseException as error:  # its errors are plain Exceptions; a panic in Rust is not even one of those
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {_words(error)}") from error
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
@@ -164,7 +192,7 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     for key, value in config.items():
         text = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and isinstance(text, str):
-            named[key] = text
+            named[key] = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no token
     return named
 
 
@@ -175,8 +203,10 @@ def _read_stop_ids(
     given = _read_json_object(file).get("eos_token_id")
     if given is not None:
         ids = given if isinstance(given, list) else [given]
-        if not ids or any(type(token) is not int or token < 0 for token in ids):
-            raise UserError(f"{file}: eos_token_id is {given!r}; it must be a token id or a list of them")
+        if not ids or not all(type(token) is int and 0 <= token < 2**32 for token in ids):
+            raise UserError(f"{file}: eos_token_id is {shown(str(given))}; it must be a token id or a list of them")
+        if unknown := [token for token in ids if backend.id_to_token(token) is None]:
+            raise UserError(f"{file}: eos_token_id {unknown[0]} is no token of the tokenizer beside it")
         return tuple(ids)
     eos = backend.token_to_id(special_tokens.get("eos_token", ""))
     return () if eos is None else (eos,)
@@ -185,14 +215,11 @@ def _read_stop_ids(
 # ---- templates ----
 
 
-def _read_templates(directory: Path, config: dict[str, Any]) -> dict[str, jinja2.Template]:
+def _read_templates(directory: Path, config: dict[str, Any]) -> dict[str, Callable[..., str]]:
     """The chat templates by name; a single one is "default". Nothing in them can reach Python or a file."""
     file = directory / "chat_template.jinja"
-    if file.exists():
-        try:
-            sources = {"default": file.read_text(encoding="utf-8")}
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: cannot be read: {_words(error)}") from error
+    if os.path.lexists(file):
+        sources = {"default": read_text(file)}
     else:
         file = directory / "tokenizer_config.json"
         given = config.get("chat_template") or []
@@ -203,55 +230,15 @@ def _read_templates(directory: Path, config: dict[str, Any]) -> dict[str, jinja2
             raise UserError(
                 f'{file}: chat_template must be a text, or a list of {{"name", "template"}} objects'
             ) from error
-    environment = _environment()
     templates = {}
     for name, source in sources.items():
         try:
-            templates[name] = environment.from_string(source)
+            templates[name] = compile_template(source)
         except Exception as error:  # not text, a syntax error, nesting beyond Python's limits
-            raise UserError(f"{file}: the chat template {name!r} is not valid: {_words(error)}") from error
+            raise UserError(f"{file}: the chat template {shown(str(name))} is not valid: {_words(error)}") from error
     return templates
 
 
-class _GenerationTag(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} marks a model's own words; here its body is just rendered."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """What transformers gives a chat template to work with."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """jinja2's own `tojson` would escape <, > and & for HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _words(error: Exception) -> str:
-    """An error's text, or its name where it has none."""
-    return str(error) or type(error).__name__
+def _words(error: BaseException) -> str:
+    """An error's text, shortened, or its name where it has none."""
+    return str(error)[:500] or type(error).__name__

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,84 +16,111 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tooln1.errors import UserError
+from tooln1.jsonl import parse_json, read_text, shown
 
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")  # integers, and floats of 8 bits, mean something only with scales
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a weight file, as the file's header has it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors calls it: "BF16"
+
+
+def stored_tensors(directory: Path, unneeded: tuple[str, ...] = ()) -> dict[str, Stored]:
+    """What the weight files of a model directory hold, by name, but for names that end in one of `unneeded`.
+
+    Only their headers are read. Raises UserError for missing or broken files and a tensor that stands in two of them.
+    """
+    found: dict[str, Stored] = {}
+    for file in weight_files(directory):
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118  it is no dict
+                if name.endswith(unneeded):
+                    continue
+                if name in found:
+                    raise UserError(f"{file}: {shown(name)} stands in {found[name].file.name} as well.")
+                part = tensors.get_slice(name)
+                found[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+    return found
 
 
 def read_weights(
     directory: Path,
+    stored: dict[str, Stored],
     shapes: dict[str, tuple[int, ...]],
-    unneeded: tuple[str, ...],
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> dict[str, Tensor]:
-    """The tensors of a model directory, which must be exactly those of `shapes` (name -> shape).
+    """The `stored` tensors, which must be exactly those of `shapes` (name -> shape) and of a floating-point type.
 
-    Stored tensors whose name ends in one of `unneeded` are passed over. Each is cast to `dtype` on `device` as it
-    is read, so the peak is the model plus one tensor. Raises UserError for missing or broken files, and one that
-    lists all missing, unexpected and mis-shaped tensors together.
+    Each is cast to `dtype` on `device` as it is read, so the peak is the model plus one tensor. Raises UserError for
+    what cannot be read, and one that lists all missing, unexpected and mis-shaped tensors together.
     """
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
-    for file in weight_files(directory):
-        for name, shape in _stored_shapes(file).items():
-            if not name.endswith(unneeded):
-                found[name] = (file, shape)
-    _check_fit(directory, shapes, {name: shape for name, (_, shape) in found.items()})
+    _check_fit(directory, shapes, stored)
     state: dict[str, Tensor] = {}
-    for file in sorted({file for file, _ in found.values()}):
-        with safe_open(file, framework="pt") as tensors:
-            for name, (where, _) in found.items():
-                if where == file:
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        with _open(file) as tensors:
+            for name, tensor in stored.items():
+                if tensor.file == file:
                     state[name] = tensors.get_tensor(name).to(device=device, dtype=dtype)
     return state
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory: the one, or the shards that its index names."""
+    """The safetensors files of a model directory: the one, or the shards that its index names.
+
+    They stand in the directory itself; there they may be links, as in the cache of the hub.
+    """
     index = directory / INDEX
-    if not index.exists():
+    if not os.path.lexists(index):
         single = directory / "model.safetensors"
-        if not single.exists():
+        if not os.path.isfile(single):
             raise UserError(
                 f"{directory}: no model.safetensors and no index of shards; only safetensors weights are read "
                 "(a .bin checkpoint is a pickle and is never opened: convert it first)."
             )
         return [single]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index}: not a readable shard index ({error!r}).") from error
-    for name in names:
+    raw = parse_json(read_text(index), f"{index}: not a readable shard index")
+    names = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise UserError(f'{index}: not a readable shard index (no "weight_map" of tensor names and files).')
+    for name in names.values():
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{index}: {name!r} is not the name of a safetensors file beside it.")
-        if not (directory / name).exists():
-            raise UserError(f"{index}: the shard {name!r} is missing; download it again.")
-    return [directory / name for name in names]
+            raise UserError(f"{index}: {shown(str(name))} is not the name of a safetensors file beside it.")
+        if not os.path.isfile(directory / name):
+            raise UserError(f"{index}: the shard {shown(name)} is missing; download it again.")
+    return [directory / name for name in sorted(set(names.values()))]
 
 
-def _stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    """A safetensors file, opened; what its reader raises, then or later, as a UserError."""
     try:
         with safe_open(file, framework="pt") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+            yield tensors
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a readable safetensors file ({error}); download it again.") from error
 
 
-def _check_fit(directory: Path, wanted: dict[str, tuple], found: dict[str, tuple]) -> None:
-    missing = sorted(wanted.keys() - found.keys())
-    unexpected = sorted(found.keys() - wanted.keys())
-    shapes = sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
-    if not (missing or unexpected or shapes):
-        return
-
-    def some(names: list[str]) -> str:
-        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-    parts = [f"missing: {some(missing)}"] * bool(missing) + [f"unexpected: {some(unexpected)}"] * bool(unexpected)
-    if shapes:
-        parts.append("wrong shape: " + some([f"{n} (file {found[n]}, config {wanted[n]})" for n in shapes]))
-    raise UserError(f"{directory}: the weights do not fit config.json; {'; '.join(parts)}.")
+def _check_fit(directory: Path, wanted: dict[str, tuple], stored: dict[str, Stored]) -> None:
+    missing = sorted(wanted.keys() - stored.keys())
+    unexpected = sorted(stored.keys() - wanted.keys())
+    both = sorted(wanted.keys() & stored.keys())
+    shapes = [f"{n} (file {stored[n].shape}, config {wanted[n]})" for n in both if stored[n].shape != wanted[n]]
+    types = [f"{n} ({stored[n].dtype})" for n in both if stored[n].dtype not in FLOATS]
+    faults = {"missing": missing, "unexpected": unexpected, "wrong shape": shapes, "no floating-point type": types}
+    parts = []
+    for fault, names in faults.items():
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        parts += [f"{fault}: {', '.join(name[:200] for name in names[:8])}{more}"] * bool(names)
+    if parts:
+        raise UserError(f"{directory}: the weights do not fit config.json; {'; '.join(parts)}.")
 
 
 def write_weights(state: dict[str, Tensor], directory: Path, dtype: torch.dtype) -> None:
