@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -112,12 +113,21 @@ def _groups(examples: list[Example]) -> list[str]:
 
     rows = ["row " + source_row(example.id) for example in examples]
     for example, row in zip(examples, rows, strict=True):
-        one, other = root(row), root("content " + _content_digest(example))  # "content" sorts before "row"
+        one, other = root(row), root("content " + content_digest(example))  # "content" sorts before "row"
         parent[max(one, other)] = min(one, other)
     return [root(row) for row in rows]
 
 
-def _content_digest(example: Example) -> str:
-    """Of the tools, in any order, and the first message."""
+def content_digest(example: Example) -> str:
+    """A hash of the tools, in any order, and the first message: what `split` never lets fall on both sides."""
     tools = sorted(json.dumps(tool, sort_keys=True) for tool in example.tools)
     return hashlib.sha256(json.dumps([tools, example.messages[0]["content"]]).encode()).hexdigest()
+
+
+def fingerprint(examples: Iterable[Example | tuple[Example, str]]) -> str:
+    """A hash of examples (or pairs with the reply to imitate) and their order: with the seed, what a run sees when."""
+    digest = hashlib.sha256()
+    for one in examples:
+        example, reply = one if isinstance(one, tuple) else (one, None)
+        digest.update(json.dumps([vars(example), reply]).encode())
+    return digest.hexdigest()[:16]
