@@ -17,7 +17,6 @@ import argparse
 import gc
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,7 +26,7 @@ import torch
 
 from tooln1.benchmarks import NAMES, bfcl
 from tooln1.distributed import World, launch
-from tooln1.errors import UserError, atomic_write, exit_on_user_error
+from tooln1.errors import UserError, atomic_write, check_writable, exit_on_user_error
 from tooln1.evaluation import (
     CHANGED,
     MAKE_THE_SCORE_WRONG,
@@ -61,7 +60,7 @@ def evaluate(options: argparse.Namespace, world: World) -> int:
     benches = load_benches(options.bench, options.limit, options.bfcl_changed)
     if options.export_bfcl and "bfcl" not in [bench.name for bench in benches]:
         raise UserError("--export-bfcl writes the replies to bfcl, which --bench does not name.")
-    out = writable(options.out)
+    out = check_writable(options.out, "--out")
     runs = {out: ("ours", options.predictions or options.model)}
     if options.base_model:
         read_config(options.base_model)  # a model that is not there is told now, not when the first one is through
@@ -146,14 +145,6 @@ def export_bfcl(benches: Sequence[Bench], predictions: Predictions, directory: s
     part = " --partial-eval" if left_out else ""
     print(f"{len(files)} files for bfcl-eval, {left_out} cases left out. To score them:")
     print(f"bfcl evaluate --result-dir {folder} --model {bfcl.OFFICIAL_MODEL}{part}\n")
-
-
-def writable(folder: str) -> Path:
-    """The folder of --out, not made yet; raises UserError where it cannot be."""
-    nearest = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"--out {folder}: {nearest} is not a folder that can be written to; name another.")
-    return Path(folder)
 
 
 # ------------------------------------------------------------------------------------------------- generating

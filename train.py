@@ -10,27 +10,32 @@ One step of rl(), below, is the whole algorithm; the equations are in tooln1/grp
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from tooln1.batch import PackedBatch, minibatch_rows, pack, plan
-from tooln1.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
-from tooln1.config import differences, load_config, read_preset, to_toml
+from tooln1.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, set_aside
+from tooln1.config import allowed_changes, load_config, refuse_changes, to_toml
 from tooln1.data import EpochOrder, Example, drop_long, read_examples
-from tooln1.distributed import World, copy_weights, launch, sample_everywhere, shard
-from tooln1.errors import UserError, atomic_write, exit_on_user_error
+from tooln1.distributed import World, copy_weights, launch, load_models, sample_everywhere
+from tooln1.errors import Stopped, UserError, atomic_write, check_writable, exit_on_user_error
 from tooln1.evaluation import Asking, Bench, answer, held_out_bench, load_benches, metrics_of
+from tooln1.faults import keep_batch, memory_in_words
 from tooln1.grpo import group_advantages, loss_total
+from tooln1.interrupt import StopRequest
+from tooln1.look_ahead import look_ahead
 from tooln1.metrics import Metrics, RunLog, progress
-from tooln1.model import Transformer, load_model, save_model
+from tooln1.model import Transformer, read_config, save_model
 from tooln1.model_config import pair_cost
+from tooln1.order import fingerprint
 from tooln1.prompt import build_messages
 from tooln1.reply_metrics import add_reply_metrics, add_sampler_gap, add_sampler_stats
 from tooln1.rewards import REWARDS
 from tooln1.rollout import Rollout, Sampler
+from tooln1.run_dir import CHECKPOINTS, claimed, find_checkpoint
 from tooln1.settings import Config
 from tooln1.sft import demonstrations, read_pairs
 from tooln1.tokenizer import Tokenizer, load_tokenizer
@@ -55,7 +60,13 @@ class Run:
     benches: list[Bench]  # what the policy is evaluated on: held-out examples, eval_bench
     order: EpochOrder
     steps: int
-    bad_steps: int = 0  # optimizer steps in a row whose gradient was not finite
+    request: StopRequest  # whether a signal has asked the run to stop
+    turn_to: Callable[[str], None]  # takes what the run does next, for the words when something goes wrong
+    notes: dict  # goes into every checkpoint: settings, and a fingerprint of the data
+    done: int = 0  # steps that are complete
+    saved: int = 0  # of them, those that a checkpoint has
+    bad_steps: int = 0  # optimizer steps in a row whose loss or gradient was not finite
+    failed_saves: int = 0  # attempts in a row to write a checkpoint
 
 
 # ------------------------------------------------------------------------------------------------ the algorithm
@@ -78,7 +89,8 @@ def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
     with metrics.timer("update"):
         for rows, mini in zip(minibatches, batches, strict=True):
             lengths = [len(rollouts[row].reply) for row in rows]
-            update(run, mini, loss_total(config.loss_aggregation, lengths, config.max_reply_tokens), step, metrics)
+            total = loss_total(config.loss_aggregation, lengths, config.max_reply_tokens)
+            update(run, mini, rollouts, total, step, metrics)
     with metrics.timer("sync"):
         copy_weights(run.policy, run.sampler.model)
     answers = [examples[rollout.group].answer for rollout in rollouts]
@@ -99,7 +111,7 @@ def sft_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
         rollouts = demonstrations(pairs, run.tokenizer, config.think, config.sft_on_prompt)
         for rows in minibatch_rows(rollouts, config.prompts_per_minibatch):
             total = sum(len(rollouts[row].reply) for row in rows)
-            update(run, my_batches(run, rollouts, rows, torch.zeros(len(rollouts))), total, step, metrics)
+            update(run, my_batches(run, rollouts, rows, torch.zeros(len(rollouts))), rollouts, total, step, metrics)
     return []
 
 
@@ -115,6 +127,7 @@ def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> lis
             run.sampler, run.world, prompts, keys=keys, group_size=config.group_size, seed=config.seed, step=step,
             temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
             max_new_tokens=config.max_reply_tokens, on_finished=lambda rollout: bar.update(run.world.size),
+            request=run.request,
         )  # fmt: skip
 
 
@@ -139,22 +152,27 @@ def log_probs(run: Run, batches: list[PackedBatch], metrics: Metrics) -> list[Pa
     return batches
 
 
-def update(run: Run, batches: list[PackedBatch], total: float, step: int, metrics: Metrics) -> None:
-    """One optimizer step on a mini-batch; one whose gradient is not finite is skipped and counted."""
-    config = run.config
+def update(
+    run: Run, batches: list[PackedBatch], rollouts: Sequence[Rollout], total: float, step: int, metrics: Metrics
+) -> None:
+    """One optimizer step on a mini-batch; one whose loss or gradient is not finite is skipped, counted and kept."""
+    config, reduce = run.config, run.world.reduce
     rate = scheduled_rate(step, run.steps, config.learning_rate, config.lr_schedule, config.warmup_ratio)
-    result = optimizer_step(run.policy, run.optimizer, batches, run.loss, total, config.max_grad_norm, rate)
+    result = optimizer_step(run.policy, run.optimizer, batches, run.loss, total, config.max_grad_norm, rate, reduce)
     run.bad_steps = 0 if result.applied else run.bad_steps + 1
-    if run.bad_steps >= config.max_bad_steps:
-        raise UserError(
-            f"{run.bad_steps} optimizer steps in a row had a gradient that is not finite; the run stops at step "
-            f"{step + 1}. Lower learning_rate ({config.learning_rate}) or look at rollouts.jsonl."
-        )
-    one_rank = 1 / run.world.size  # the ranks' losses are parts that add up; their other numbers are equal
-    metrics.add_mean("loss", result.loss, one_rank)
+    if not result.applied:
+        skipped, name = Path(config.run_dir) / "skipped", f"step-{step + 1:06d}-{run.bad_steps}"
+        file = keep_batch(skipped, name, batches, rollouts, run.tokenizer, run.world, newest=config.max_bad_steps)
+        if run.bad_steps >= config.max_bad_steps:
+            raise UserError(
+                f"{run.bad_steps} optimizer steps in a row had a loss or gradient that is not finite; the run stops at "
+                f"step {step + 1}. Their batches are in {file.parent}; lower learning_rate ({config.learning_rate}), "
+                "or look at what they hold."
+            )
+    metrics.add_mean("loss", result.loss)
     metrics.add_mean("grad_norm", result.grad_norm)
     metrics.add_max("learning_rate", rate)
-    metrics.add_sum("skipped_steps", (not result.applied) * one_rank)
+    metrics.add_sum("skipped_steps", (not result.applied) / run.world.size)
     metrics.add_tokens("update", sum(len(batch.tokens) for batch in batches))
     metrics.add_means(result.sums)
 
@@ -190,12 +208,137 @@ def evaluate(run: Run) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ the run
 
 
-def build(config: Config, world: World) -> tuple[Run, int]:
-    """Everything a run needs, and how many of its steps are done already."""
+def train(config: Config, world: World) -> None:
+    """A run from its first step, or from a checkpoint, to the exported model."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    run_dir = Path(config.run_dir)
+    with claimed(run_dir, world), memory_in_words(asdict(config), world.note) as turn_to:
+        checkpoint = find_checkpoint(run_dir, config.resume, world)
+        tokenizer, examples, benches, notes = prepare(config, world, checkpoint)
+        run = build(config, world, tokenizer, examples, benches, notes, turn_to)
+        if checkpoint:
+            resume(run, checkpoint)
+        if world.main:
+            with atomic_write(run_dir / "config.toml") as file:
+                file.write(to_toml(replace(config, resume="", allow_changes="", check=False)))
+        completed = run.done if checkpoint else None
+        log = RunLog(run_dir, run.steps, completed=completed, tensorboard=config.tensorboard, write=world.main)
+        with run.request:
+            run_steps(run, log)
+        export(run)
+        log.close()
+
+
+def run_steps(run: Run, log: RunLog) -> None:
+    """All steps that are left, each logged when it is complete. A request to stop saves what is done: Stopped."""
+    config, world = run.config, run.world
+    one_step = rl_step if config.mode == "rl" else sft_step
+    synchronize = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
+    if config.eval_before_training and not run.done and run.benches:
+        log.step(0, evaluate(run))
+    try:
+        for step in range(run.done, run.steps):
+            run.request.check()
+            metrics = Metrics(synchronize, enter=lambda phase, step=step: run.turn_to(f"step {step + 1}, {phase}"))
+            last = step + 1 == run.steps
+            with metrics.timer("step"):
+                replies = one_step(run, step, metrics)
+                if run.benches and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
+                    with metrics.timer("eval"):
+                        copy_weights(run.policy, run.sampler.model)
+                        metrics.add_means({name: (value, 1) for name, value in evaluate(run).items()})
+            log.step(step + 1, metrics.reduced(world.reduce))
+            log.rollouts(step + 1, replies, config.log_rollouts)
+            run.done = step + 1
+            if last or run.failed_saves or (config.save_every and run.done % config.save_every == 0):
+                save(run, log, may_fail=not last)
+    except Stopped:  # here, or in a rollout: the weights are those of the last complete step
+        if run.done > run.saved:
+            save(run, log)
+        if world.main:
+            print(f"stopped after step {run.done} of {run.steps}; --resume auto goes on from there")
+        raise
+
+
+def save(run: Run, log: RunLog, may_fail: bool = False) -> None:
+    """Write a checkpoint of the steps done. One that `may_fail` is tried again after the next step, a few times."""
+    config, world = run.config, run.world
+    run.turn_to(f"step {run.done}, save")
+    notes = run.notes | {"bad_steps": run.bad_steps}
+    try:
+        world.together(log.flush, "the logs could not be written")
+        save_checkpoint(
+            Path(config.run_dir) / CHECKPOINTS, run.done, run.policy, run.optimizer, world, notes,
+            config.keep_checkpoints, config.keep_every,
+        )  # fmt: skip
+    except UserError as error:
+        run.failed_saves += 1
+        if not may_fail or run.failed_saves >= config.max_failed_saves:
+            raise
+        if world.main:
+            again = f"Trying again after the next step (attempt {run.failed_saves} of {config.max_failed_saves})."
+            print(f"warning: {error} {again}", file=sys.stderr)
+    else:
+        run.failed_saves, run.saved = 0, run.done
+
+
+def resume(run: Run, checkpoint: Checkpoint) -> None:
+    """Fill the run from a checkpoint; later ones in its directory are set aside, because they are written anew."""
+    folder = Path(run.config.run_dir) / CHECKPOINTS
+    load_checkpoint(checkpoint.path, run.policy, run.optimizer, run.world)
+    copy_weights(run.policy, run.sampler.model)
+    run.done, run.bad_steps = checkpoint.step, int(checkpoint.notes.get("bad_steps", 0))
+    run.saved = run.done if checkpoint.path.parent.resolve() == folder.resolve() else 0
+    aside = run.world.together(lambda: set_aside(folder, run.done) if run.world.main else [], f"{folder}: renaming")
+    if run.world.main:
+        print(f"going on from {checkpoint.path}, with step {run.done + 1}")
+        if aside:
+            print(f"set aside, because this run writes these steps anew: {', '.join(aside)}")
+
+
+def export(run: Run) -> None:
+    """The policy as a Hugging Face directory, run_dir/hf."""
+    run_dir, world = Path(run.config.run_dir), run.world
+    run.turn_to("export")
+    copy_weights(run.policy, run.sampler.model)
+    write = (lambda: save_model(run.sampler.model, run_dir / "hf")) if world.main else (lambda: None)
+    world.together(write, f"the model could not be exported to {run_dir / 'hf'}; --resume auto tries it again")
+    if world.main:
+        print(f"done: the model is in {run_dir / 'hf'}, the curves: python -m tooln1.plot {run_dir}")
+
+
+def prepare(
+    config: Config, world: World, checkpoint: Checkpoint | None
+) -> tuple[Tokenizer, Sequence, list[Bench], dict]:
+    """Tokenizer, examples, benches and the notes for checkpoints; UserError where the run cannot work with them."""
+    if checkpoint:
+        refuse_changes(checkpoint.notes.get("config", {}), config, str(checkpoint.path))
     tokenizer = load_tokenizer(config.model)
-    tokenizer.stop_ids  # noqa: B018  a model without one fails now, not in the first step
     examples, benches = load_data(config, world, tokenizer)
-    policy, reference, copy = load_models(config, world, tokenizer.vocab_size)
+    notes = {"config": asdict(config), "data": fingerprint(examples)}
+    if checkpoint and checkpoint.notes.get("data") != notes["data"] and "train_data" not in allowed_changes(config):
+        raise UserError(
+            f"{config.train_data}: its examples, or those that are not too long, are not the ones that "
+            f"{checkpoint.path} was trained on; give those, or allow it with --allow-changes train_data."
+        )
+    held_out = [case.example for bench in benches if bench.name == "heldout" for case in bench.chosen]
+    shape, reference = read_config(config.model), reference_of(config)
+    settings = asdict(config) | choices(config, shape.num_parameters)
+    look_ahead(settings, world, shape, read_config(reference) if reference else None, tokenizer, examples, held_out)
+    return tokenizer, examples, benches, notes
+
+
+def build(
+    config: Config, world: World, tokenizer: Tokenizer, examples: Sequence, benches: list[Bench], notes: dict,
+    turn_to: Callable[[str], None],
+) -> Run:  # fmt: skip
+    """Models, sampler, optimizer, order: a run before its first step."""
+    policy, reference, copy = load_models(
+        config.model, reference_of(config), world, tokenizer.vocab_size, compile=config.compile,
+        offload_optimizer=config.offload_optimizer, offload_reference=config.offload_reference,
+        **choices(config, read_config(config.model).num_parameters),
+    )  # fmt: skip
     sampler = Sampler(copy, tokenizer.stop_ids, config.rollout_rows, config.rollout_cache_tokens)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
@@ -208,32 +351,24 @@ def build(config: Config, world: World) -> tuple[Run, int]:
     loss = policy_loss if config.mode == "rl" else SupervisedLoss(config.logprob_chunk_tokens)
     order = EpochOrder(len(examples), config.seed)
     steps = config.steps or config.epochs * order.steps_per_epoch(config.prompts_per_step)
-    run = Run(config, world, tokenizer, policy, reference, sampler, optimizer, loss, examples, benches, order, steps)
-    return run, resume(run)
+    return Run(
+        config, world, tokenizer, policy, reference, sampler, optimizer, loss, examples, benches, order, steps,
+        StopRequest(world), turn_to, notes,
+    )  # fmt: skip
 
 
-def load_models(
-    config: Config, world: World, vocabulary: int
-) -> tuple[Transformer, Transformer | None, Transformer]:
-    """The policy, the reference (None where the KL has no weight) and the copy that samples."""
-    low = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    policy = load_model(config.model, torch.float32, world.device, vocabulary)
-    size = sum(parameter.numel() for parameter in policy.parameters())
+def choices(config: Config, parameters: int) -> dict[str, bool]:
+    """What the settings that may be "auto" come to for a model of so many parameters."""
+    on = {"on": True, "off": False}
+    return {
+        "activation_checkpointing": on.get(config.activation_checkpointing, parameters > 1e9),
+        "accumulate_whole": on.get(config.accumulate_whole, parameters < 2e9),
+    }
 
-    def chosen(setting: str, by_size: bool) -> bool:
-        return by_size if setting == "auto" else setting == "on"
 
-    for block in policy.model.layers:
-        block.recompute = chosen(config.activation_checkpointing, size > 1e9)
-        if config.compile:
-            block.compile_parts()
-    # It is sharded before the others come, so that only one whole model is there at a time.
-    policy = shard(policy, world, low, config.offload_optimizer, chosen(config.accumulate_whole, size < 2e9))
-    reference = None
-    if config.mode == "rl" and config.kl_coef:
-        reference = load_model(config.reference_model or config.model, low, world.device, vocabulary)
-        reference = shard(reference.requires_grad_(False), world, offload=config.offload_reference)
-    return policy, reference, load_model(config.model, low, world.device, vocabulary)
+def reference_of(config: Config) -> str:
+    """The frozen model of the KL term, "" where that has no weight."""
+    return (config.reference_model or config.model) if config.mode == "rl" and config.kl_coef else ""
 
 
 def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Sequence, list[Bench]]:
@@ -255,93 +390,15 @@ def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Seque
     return kept, benches + load_benches([config.eval_bench] if config.eval_bench else [])
 
 
-MUST_AGREE = ("mode", "seed", "train_data", "prompts_per_step", "max_prompt_tokens")  # they fix the order of the data
-
-
-def check_run_dir(config: Config, world: World) -> None:
-    """Refuse to write over another run, or to go on with one whose data order would change; before anything loads."""
-    run_dir = Path(config.run_dir)
-    if not config.resume:
-        if (run_dir / "metrics.jsonl").exists():
-            raise UserError(f"{run_dir} already holds a run: go on with --resume, or choose another --run-dir.")
-    elif (run_dir / "config.toml").exists():
-        changed = differences(Config(**read_preset(run_dir / "config.toml")), config)
-        if names := [name for name in MUST_AGREE if name in changed]:
-            before, now = changed[names[0]]
-            raise UserError(
-                f"{run_dir}: the run to resume has {names[0]} = {before!r}, not {now!r}: examples would repeat or be "
-                "missed; set it back, or start anew in another --run-dir."
-            )
-    world.wait()  # no rank writes here before all have looked
-    if world.main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    world.wait()
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: not seen by rank {world.rank}; --run-dir must be on storage that all nodes share.")
-
-
-def resume(run: Run) -> int:
-    """Steps that the checkpoint asked for has behind it (0: none was); fills policy, optimizer and sampler from it."""
-    if not run.config.resume:
-        return 0
-    say = print if run.world.main else lambda *words: None
-    folder = Path(run.config.run_dir) / "checkpoints"
-    there = complete_checkpoints(folder)
-    if run.config.resume == "auto" and not there:
-        say(f"no checkpoint in {folder}: beginning with step 1")
-        return 0
-    checkpoint = there[-1] if run.config.resume == "auto" else Path(run.config.resume)
-    if not checkpoint.is_dir():
-        others = ", ".join(path.name for path in there) or "none"
-        raise UserError(f"{checkpoint}: there is no such checkpoint; {folder} has {others}.")
-    done = load_checkpoint(checkpoint, run.policy, run.optimizer, run.world)
-    copy_weights(run.policy, run.sampler.model)
-    say(f"going on from {checkpoint}, with step {done + 1}")
-    return done
-
-
-def train(config: Config, world: World) -> None:
-    """Run all steps that are left; log, evaluate, save, export."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    check_run_dir(config, world)
-    run, done = build(config, world)
-    run_dir = Path(config.run_dir)
-    if world.main:
-        with atomic_write(run_dir / "config.toml") as file:
-            file.write(to_toml(replace(config, resume="")))
-    log = RunLog(run_dir, run.steps, completed=done or None, tensorboard=config.tensorboard, write=world.main)
-    if config.eval_before_training and not done and run.benches:
-        log.step(0, evaluate(run))
-    one_step = rl_step if config.mode == "rl" else sft_step
-    synchronize = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
-    for step in range(done, run.steps):
-        metrics = Metrics(synchronize)
-        last = step + 1 == run.steps
-        with metrics.timer("step"):
-            replies = one_step(run, step, metrics)
-            if run.benches and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
-                with metrics.timer("eval"):
-                    copy_weights(run.policy, run.sampler.model)
-                    metrics.add_means({name: (value, 1) for name, value in evaluate(run).items()})
-        log.step(step + 1, metrics.reduced(world.reduce))
-        log.rollouts(step + 1, replies, config.log_rollouts)
-        if last or (config.save_every and (step + 1) % config.save_every == 0):
-            folder = run_dir / "checkpoints"
-            save_checkpoint(folder, step + 1, run.policy, run.optimizer, world, config.keep_checkpoints)
-    copy_weights(run.policy, run.sampler.model)
-    if world.main:
-        save_model(run.sampler.model, run_dir / "hf")
-        print(f"done: the model is in {run_dir / 'hf'}, the curves: python -m tooln1.plot {run_dir}")
-    world.wait()
-    log.close()
-
-
 def main() -> None:
-    """Read the settings, join the other processes, train."""
+    """Read the settings, join the other processes, train or check."""
     config = load_config(sys.argv[1:], DEFAULT)
-    with launch(config.device) as world:
-        train(config, world)
+    with launch(config.device, config.collective_timeout) as world:
+        if config.check:
+            check_writable(config.run_dir, "run_dir")
+            prepare(config, world, find_checkpoint(Path(config.run_dir), config.resume, world))
+        else:
+            train(config, world)
 
 
 if __name__ == "__main__":

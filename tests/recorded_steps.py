@@ -82,9 +82,9 @@ def main() -> None:
                                     temperature=0.7, max_new_tokens=12, seed=1)  # fmt: skip
         record["replies"] = [[r.group, r.sample, r.reply] for r in sampled]
         if action == "save":
-            save_checkpoint(Path(folder), steps, policy, optimizer, world, keep=2)
+            save_checkpoint(Path(folder), steps, policy, optimizer, world, {}, keep=2)
         elif action == "load":
-            record["resumed"] = load_checkpoint(Path(folder), policy, optimizer, world)
+            record["resumed"] = load_checkpoint(Path(folder), policy, optimizer, world).step
             copy_weights(policy, target)
             record["weights"] = [p.flatten().tolist() for p in target.parameters()]
         if action in ("save", "load"):

@@ -420,7 +420,7 @@ def test_all_presets_are_there():
 def test_the_papers_presets_spell_the_paper_out(size):
     table = tomllib.loads((ROOT / "configs" / f"tool_n1_{size}b.toml").read_text(encoding="utf-8"))
     own = {name: value for section in table.values() for name, value in section.items()}
-    assert set(own) == set(SETTINGS) - {"resume"}  # nothing left to a default
+    assert set(own) == set(SETTINGS) - {"resume", "allow_changes", "check"}  # nothing left to a default
     assert {name: own[name] for name in PAPER} == PAPER
     assert own["model"] == f"Qwen/Qwen2.5-{size}B-Instruct"
 

@@ -62,7 +62,7 @@ def test_more_processes_give_the_same_steps_and_the_same_tokens(folder, alone, p
 def test_a_checkpoint_loads_at_another_world_size(folder, written_by, read_by):
     place = folder / f"checkpoints-{written_by}"
     saved = recorded_steps(folder, written_by, 10_000, 2, f"save={place}")
-    assert sorted(path.name for path in place.iterdir()) == ["step-000002"]
+    assert sorted(path.name for path in place.iterdir()) == ["latest", "step-000002"]
     loaded = recorded_steps(folder, read_by, 10_000, 1, f"load={place / 'step-000002'}")
     assert loaded["resumed"] == 2
     assert loaded["weights"] == saved["weights"]

@@ -75,7 +75,9 @@ def test_the_run_directory_is_complete(finished, place):
     }  # fmt: skip
     config = load_config(["--config", str(finished / "config.toml")], train.DEFAULT)
     assert to_toml(config) == (finished / "config.toml").read_text()
-    assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["step-000002", "step-000003"]
+    there = sorted(path.name for path in (finished / "checkpoints").iterdir())
+    assert there == ["latest", "step-000002", "step-000003"]
+    assert (finished / "checkpoints" / "latest").read_text() == "step-000003\n"
     rows = measured(finished)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert [row["step"] for row in rows if "heldout_accuracy" in row] == [0, 2, 3]
@@ -114,7 +116,7 @@ def test_a_run_directory_is_not_written_over(finished, place):
 
 
 def test_a_resumed_run_must_see_the_data_in_the_same_order(finished, place):
-    with pytest.raises(train.UserError, match="has seed = 0, not 1"):
+    with pytest.raises(train.UserError, match=r"other settings: seed 0 \(now 1\).*--allow-changes seed"):
         run(place, "finished", resume="auto", seed=1)
 
 

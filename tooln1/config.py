@@ -19,7 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from tooln1.errors import UserError
-from tooln1.settings import KIND_WORDS, KINDS, PATHS, SECTION_OF, SETTINGS, Config, checked, shown, validate
+from tooln1.settings import (
+    KIND_WORDS,
+    KINDS,
+    MAY_CHANGE,
+    PATHS,
+    SECTION_OF,
+    SETTINGS,
+    Config,
+    checked,
+    shown,
+    validate,
+)  # fmt: skip
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -192,6 +203,32 @@ def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
         if left != right and not (both_paths and os.path.realpath(left) == os.path.realpath(right)):
             found[name] = (left, right)
     return found
+
+
+def allowed_changes(config: Config) -> set[str]:
+    """The settings that `allow_changes` names; raises UserError for a name that is none."""
+    if config.allow_changes == "all":
+        return set(SETTINGS)
+    return {_known(name.strip(), "allow_changes") for name in config.allow_changes.split(",") if name.strip()}
+
+
+def refuse_changes(before: dict[str, Any], now: Config, where: str) -> None:
+    """Raise UserError where a run that goes on has other settings than before, of those that shape its weights.
+
+    before: settings by name, as `where` holds them; names that this version lacks do not count. `now.allow_changes`
+    names the settings that may differ.
+    """
+    free = MAY_CHANGE - ({"steps", "epochs"} if now.lr_schedule != "constant" or now.warmup_ratio else set())
+    free -= {"tokens_per_microbatch"} if now.loss_aggregation == "microbatch_token_mean" else set()
+    known = {name: checked(name, value, where) for name, value in before.items() if name in SETTINGS}
+    changed = differences(dataclasses.replace(now, **known), now)
+    refused = {name: values for name, values in changed.items() if name not in free | allowed_changes(now)}
+    if refused:
+        listed = ", ".join(f"{name} {shown(old)} (now {shown(new)})" for name, (old, new) in refused.items())
+        raise UserError(
+            f"{where} was written with other settings: {listed}. Set them back, or allow the change with "
+            f"--allow-changes {','.join(refused)}."
+        )
 
 
 def help_text(config: Config, preset: str | Path) -> str:

@@ -8,25 +8,32 @@ gradient sums on GPU, fp32 throughout on CPU.
 from __future__ import annotations
 
 import os
+import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from tooln1.errors import UserError
-from tooln1.model import Transformer
+from tooln1.errors import Stopped, UserError
+from tooln1.lifeline import Lifeline, connect
+from tooln1.model import Transformer, load_model
 from tooln1.rollout import Rollout, Sampler
 
+if TYPE_CHECKING:
+    from tooln1.interrupt import StopRequest
+
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)  # a collective that waits longer means a lost rank
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    lifeline: Lifeline | None = None  # to the other processes; None where there are none
 
     @property
     def main(self) -> bool:
@@ -63,42 +71,141 @@ class World:
         dist.all_reduce(vector, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op])
         return vector.tolist()
 
+    def from_main(self, value: T) -> T:
+        """Rank 0's `value` on every rank."""
+        return _from_rank_0(value) if self.size > 1 else value
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.size > 1:
             dist.barrier()
 
+    def together(self, work: Callable[[], T], what: str) -> T:
+        """Do `work` on this rank. Where a UserError or the disk stops it on any rank, all raise the same UserError.
+
+        The disk's failures become "`what`: why".
+        """
+        done, failures = None, []
+        try:
+            done = work()
+        except UserError as error:
+            failures = [str(error)]
+        except (OSError, SafetensorError) as error:
+            failures = [f"{what}: {getattr(error, 'strerror', None) or error}."]
+        if failures := self.gather(failures):
+            raise UserError(failures[0])
+        return done
+
+    def note(self, doing: str) -> None:
+        """Say what this process turns to, for the words of others when something goes wrong."""
+        if self.lifeline:
+            self.lifeline.note(doing)
+
 
 @contextmanager
-def launch(device: str = "auto") -> Iterator[World]:
+def launch(device: str = "auto", timeout: int = 1800) -> Iterator[World]:
     """Join the processes that torchrun started (or be alone without it) for the length of the block.
 
-    `device` is "auto" (a GPU where there is one), "cpu" or "cuda". Raises UserError where it is not to be had.
+    `device` is "auto" (a GPU where there is one), "cpu" or "cuda". `timeout`: seconds that a process waits for the
+    others in a collective. Raises UserError where the device is not to be had. A process that dies ends the others.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device = 'cuda', but torch finds no GPU; use --device cpu, or install a CUDA build of torch.")
+    where = _device(device)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}; "
-                "lower torchrun's --nproc-per-node."
-            )
-        torch.cuda.set_device(local_rank)
-    where = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout)
+    store = _store(rank, limit) if "RANK" in os.environ else dist.HashStore()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    lifeline = connect(rank, _from_rank_0) if size > 1 else None
     try:
-        yield World(rank, size, where)
-        dist.barrier()  # a rank that hangs up while others still talk would bring them down
-    finally:
-        dist.destroy_process_group()
+        yield World(rank, size, where, lifeline)
+    except BaseException as error:
+        if size == 1 or isinstance(error, Stopped):
+            _leave(lifeline)
+        elif lifeline and isinstance(error, Exception):
+            _explain(error, lifeline, timeout)
+        raise
+    _leave(lifeline)
+
+
+def _device(name: str) -> torch.device:
+    """Where this process computes, from "auto", "cpu" or "cuda"; raises UserError where that is not to be had."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("device = 'cuda', but torch finds no GPU; use --device cpu, or install a CUDA build of torch.")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}; "
+            "lower torchrun's --nproc-per-node."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device(name, local_rank)
+
+
+def _store(rank: int, limit: timedelta) -> dist.Store:
+    """Where the processes of this start of the job find each other.
+
+    Rank 0 keeps it, and says where in torchrun's own store. That one outlives torchrun's restarts (--max-restarts), and
+    the addresses that dead processes left in it would mislead their successors; a dead store refuses the connection.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return dist.TCPStore(host, port, is_master=rank == 0, timeout=limit, wait_for_workers=False)
+    torchruns = dist.TCPStore(host, port, is_master=False, timeout=limit)
+    if rank == 0:
+        own = dist.TCPStore(host, 0, is_master=True, timeout=limit, wait_for_workers=False)
+        torchruns.set("tooln1", str(own.port))
+        return own
+    until = time.monotonic() + limit.total_seconds()
+    while True:
+        try:
+            found = dist.TCPStore(host, int(torchruns.get("tooln1")), is_master=False, timeout=timedelta(seconds=2))
+        except RuntimeError:  # what a dead rank 0 left: the new one will write over it
+            if time.monotonic() > until:
+                raise
+        else:
+            found.set_timeout(limit)
+            return found
+
+
+def _from_rank_0(value: T) -> T:
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _leave(lifeline: Lifeline | None) -> None:
+    """End in good order: together, because one that hangs up while others still talk would bring them down."""
+    if lifeline:
+        lifeline.leave()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _explain(error: Exception, lifeline: Lifeline, timeout: int) -> None:
+    """Tell the other processes why this one ends, and the user what a process alone cannot know.
+
+    The process group is left as it is: to take it down could wait for the others.
+    """
+    if isinstance(error, UserError):
+        if lifeline.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not lifeline.fail(str(error)) and lifeline.rank:
+            print(f"error: rank {lifeline.rank}: {error}", file=sys.stderr, flush=True)
+        error.told = True
+        return
+    lifeline.wait_for_news()  # if it failed because another process is lost, this one ends in here
+    if isinstance(error, RuntimeError) and "timed out" in str(error).lower():
+        error.add_note(
+            f"rank {lifeline.rank} waited {timeout} s for another process in vain. {lifeline.whereabouts()}. If they "
+            "are only slow, raise collective_timeout; else one of them hangs (py-spy dump --pid shows where)."
+        )
+    traceback.print_exception(error)  # now: once the others know, this process may be ended at any time
+    lifeline.fail("".join(traceback.format_exception_only(error)).split("\n")[0])
+    sys.exit(1)
 
 
 def shard(
@@ -129,6 +236,28 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)
     model.accumulate_whole = accumulate_whole
     return model
+
+
+def load_models(
+    path: str, reference_path: str, world: World, vocabulary: int, *, compile: bool, activation_checkpointing: bool,
+    accumulate_whole: bool, offload_optimizer: bool, offload_reference: bool,
+) -> tuple[Transformer, Transformer | None, Transformer]:  # fmt: skip
+    """The policy, the reference (None for the path "") and the copy that samples, on this process's device.
+
+    Policy: fp32, sharded. The others: bf16 on CUDA, else fp32; the reference sharded, the copy whole.
+    """
+    low = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    policy = load_model(path, torch.float32, world.device, vocabulary)
+    for block in policy.model.layers:
+        block.recompute = activation_checkpointing
+        if compile:
+            block.compile_parts()
+    # It is sharded before the others come, so that only one whole model is there at a time.
+    policy, reference = shard(policy, world, low, offload_optimizer, accumulate_whole), None
+    if reference_path:
+        reference = load_model(reference_path, low, world.device, vocabulary).requires_grad_(False)
+        reference = shard(reference, world, offload=offload_reference)
+    return policy, reference, load_model(path, low, world.device, vocabulary)
 
 
 def reshard(model: nn.Module) -> None:
@@ -193,13 +322,14 @@ def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
 
 def sample_everywhere(
     sampler: Sampler, world: World, prompts: list[list[int]], keys: list[int], group_size: int,
-    max_new_tokens: int | list[int], on_finished: Callable[[Rollout], None] | None = None, **how,
+    max_new_tokens: int | list[int], on_finished: Callable[[Rollout], None] | None = None,
+    request: StopRequest | None = None, **how,
 ) -> list[Rollout]:  # fmt: skip
     """`sampler.generate` with the prompts dealt over ranks; every rank gets all rollouts, in prompt order.
 
     max_new_tokens: one number, or one per prompt. on_finished: is handed each of this rank's own as soon as it ends.
     Ranks sample without waiting for each other; they meet when all replies are there. What the sampler refuses is a
-    UserError here.
+    UserError here. A `request` to stop ends the sampling, with `Stopped` on all ranks.
     """
     caps = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     expected = [len(prompt) + group_size * cap for prompt, cap in zip(prompts, caps, strict=True)]
@@ -213,8 +343,11 @@ def sample_everywhere(
             [prompts[i] for i in mine], keys=[keys[i] for i in mine], group_size=group_size,
             max_new_tokens=[caps[i] for i in mine], **how,
             on_finished=on_finished and (lambda rollout: on_finished(of_all(rollout))),
+            **({"should_stop": request.asked} if request else {}),
         )  # fmt: skip
     except ValueError as error:
         raise UserError(f"sampling: {error}") from error
+    if request:
+        request.check()
     rollouts = world.gather([of_all(rollout) for rollout in rollouts])
     return sorted(rollouts, key=lambda rollout: (rollout.group, rollout.sample))

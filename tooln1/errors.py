@@ -13,20 +13,37 @@ from typing import IO
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: a wrong key, a missing file, a malformed row.
+    """A mistake that the user can mend: a wrong key, a missing file, a malformed row, a full disk.
 
     Its text is one or two plain sentences: what is wrong, with the value and the file or key, and the way out.
     Entry points print it on stderr and exit with code 2; any other exception keeps its traceback.
     """
 
+    told = False  # another process of the same job has printed it already
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and it did so in good order; `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run an entry point; a `UserError` becomes its sentence on stderr and exit code 2, an interrupt code 130."""
+    """Run an entry point, and end it with the exit code that its failure has.
+
+    2: a `UserError`, whose sentence goes to stderr; 128 + n: stopped by signal n (130: Ctrl-C); 1, with a traceback:
+    anything else. What is wrong before the processes of a job meet is wrong in all of them: rank 0 speaks.
+    """
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.told and os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -52,15 +69,16 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private; a result file is not a secret
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
+    flush(path.parent)
 
 
 @contextmanager
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Fill a new directory that takes the place of `path` only when the block ends well.
 
-    The block gets a temporary sibling directory to write into; afterwards every file in it is flushed to the disk
+    The block gets a temporary sibling directory to write into; afterwards everything in it is flushed to the disk
     and the directory is renamed. What stood at `path` before is kept until then.
     """
     path = Path(path)
@@ -72,20 +90,56 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(0o644)
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-        if path.exists():
-            retired = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-            os.replace(path, retired / path.name)
-            try:
-                os.replace(temporary, path)
-            except BaseException:
-                os.replace(retired / path.name, path)
-                raise
-            finally:
-                shutil.rmtree(retired, ignore_errors=True)
-        else:
-            os.replace(temporary, path)
+            flush(file)
+        flush(temporary)
+        put_in_place(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Rename the directory `new` to `path`, on the disk when this returns; an older one there is removed afterwards."""
+    retired = path.parent / f".{path.name}.old"
+    if path.exists():
+        shutil.rmtree(retired, ignore_errors=True)
+        os.replace(path, retired)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        if retired.exists():
+            os.replace(retired, path)
+        raise
+    flush(path.parent)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold what is written: a file's content, or a directory's names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def clear_up(folder: Path) -> None:
+    """Undo what a killed process left behind in `folder`: half-written things go, one set aside comes back."""
+    for leftover in folder.glob(".*.old"):
+        place = folder / leftover.name[1 : -len(".old")]
+        if not place.exists():  # killed between the two renames of `put_in_place`
+            os.replace(leftover, place)
+    for leftover in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def check_writable(folder: str | os.PathLike, setting: str) -> Path:
+    """`folder` as a path, which may not be there yet; raises UserError, naming `setting`, where it cannot be made."""
+    folder = Path(folder)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"{setting} {folder}: {nearest} is not a folder that can be written to; name another.")
+    return folder

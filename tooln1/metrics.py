@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -34,11 +34,13 @@ class Metrics:
 
     Values are numbers or tensors of one element; tensors stay on their device and are read in `reduced`.
     `synchronize` (torch.cuda.synchronize on a GPU) is called at both ends of a timer: without it, work that
-    was only queued would be timed in the phase that waits for it.
+    was only queued would be timed in the phase that waits for it. `enter` is told of each phase that begins.
     """
 
-    def __init__(self, synchronize: Callable[[], None] = lambda: None):
-        self._synchronize = synchronize
+    def __init__(
+        self, synchronize: Callable[[], None] = lambda: None, enter: Callable[[str], None] = lambda phase: None
+    ):
+        self._synchronize, self._enter = synchronize, enter
         self._mean: dict[str, tuple[Any, Any]] = {}  # (sum, count)
         self._sum: dict[str, Any] = {}
         self._min: dict[str, list] = {}
@@ -75,6 +77,7 @@ class Metrics:
     @contextmanager
     def timer(self, phase: str) -> Iterator[None]:
         """Add the wall-clock seconds of the block to seconds/<phase>; the slowest rank's are logged."""
+        self._enter(phase)
         self._synchronize()
         start = time.perf_counter()
         try:
@@ -188,7 +191,7 @@ def _plain(value: Any) -> Any:
 
 
 class JsonlLog:
-    """An append-only file of JSON objects, one a line, flushed line by line."""
+    """An append-only file of JSON objects, one a line, written line by line."""
 
     def __init__(self, path: str | os.PathLike):
         """Go on with the file at `path`, or begin it. A last line cut off by a crash is taken away."""
@@ -197,24 +200,39 @@ class JsonlLog:
         if self.path.exists():
             content = self.path.read_bytes()
             os.truncate(self.path, content.rfind(b"\n") + 1)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self._open()
+
+    def _open(self) -> IO[bytes]:
+        return self.path.open("ab", buffering=0)  # nothing is held back that a full disk could refuse later
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one line and flush it."""
-        self._file.write(to_json(record) + "\n")
-        self._file.flush()
+        """Write one line. Raises UserError where the disk does not take it."""
+        line = (to_json(record) + "\n").encode("utf-8")
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written to: {error.strerror}.") from error
+
+    def flush(self) -> None:
+        """Have the disk hold what was written."""
+        os.fsync(self._file.fileno())
 
     def truncate_after(self, step: int) -> None:
         """Take away, in one move, the lines whose "step" is above `step`: a resumed run writes them again."""
         self._file.close()
-        kept = [record for record in read_jsonl(self.path) if record.get("step", step) <= step]
+        kept = [record for record in read_jsonl(self.path) if not _is_after(record.get("step"), step)]
         with atomic_write(self.path) as file:
             file.writelines(to_json(record) + "\n" for record in kept)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self._open()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _is_after(value: Any, step: int) -> bool:
+    return isinstance(value, int | float) and value > step
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -342,6 +360,12 @@ class RunLog:
         if self._rollouts is not None:
             for row in best_and_worst(step, rows, count):
                 self._rollouts.append(row)
+
+    def flush(self) -> None:
+        """Have the disk hold what was logged: a checkpoint that follows must not know of more steps than the logs."""
+        for log in (self._metrics, self._rollouts):
+            if log is not None:
+                log.flush()
 
     def close(self) -> None:
         """Close the files."""

@@ -97,12 +97,14 @@ class Sampler:
         top_p: float = 1.0,
         top_k: int = 0,
         on_finished: Callable[[Rollout], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> list[Rollout]:
         """`group_size` replies to each prompt (token ids), in prompt order.
 
         `keys` name the prompts for the randomness (default: their place in the list). `max_new_tokens` caps the
         replies: one number, one per prompt, or one per reply (prompt by prompt). Temperature 0 is greedy.
-        `on_finished` is handed each reply as soon as it ends.
+        `on_finished` is handed each reply as soon as it ends. `should_stop` is asked before each step of the model;
+        once it says so the call ends with no replies at all.
         Raises ValueError for an empty prompt, one longer than the model's context or the cache, numbers out of range,
         and logits that are not finite; the sampler stays usable. A reply may run beyond the model's context.
         """
@@ -123,18 +125,24 @@ class Sampler:
         for row, stream in zip((row for group in groups for row in group.rows), streams, strict=True):
             row.stream = stream
         try:
-            self._sample(scheduler, _Draw(temperature, top_k, top_p), on_finished)
+            self._sample(scheduler, _Draw(temperature, top_k, top_p), on_finished, should_stop)
         except BaseException:
             self.cache.data.zero_()  # what is not finite must not stay in the pages
             raise
         self.stats = scheduler.stats
-        return [_rollout(row) for group in groups for row in group.rows]
+        return [] if scheduler.unfinished else [_rollout(row) for group in groups for row in group.rows]
 
     @torch.inference_mode()
-    def _sample(self, scheduler: Scheduler, draw: _Draw, on_finished: Callable[[Rollout], None] | None) -> None:
+    def _sample(
+        self,
+        scheduler: Scheduler,
+        draw: _Draw,
+        on_finished: Callable[[Rollout], None] | None,
+        should_stop: Callable[[], bool],
+    ) -> None:
         """Schedule, run, postprocess, until every row has ended."""
         results = deque()
-        while scheduler.unfinished:
+        while scheduler.unfinished and not should_stop():
             step = scheduler.schedule()
             if step:
                 results.append((step.draws, self._run(step, draw)))

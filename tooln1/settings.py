@@ -56,7 +56,11 @@ class Config:
                         section="run", choices=("rl", "sft"))
     run_dir: str = setting("runs/tool_n1", "folder for everything that the run writes")
     seed: int = setting(0, "fixes data order and sampling, on any number of processes", within="[0, 9e18]")
-    resume: str = setting("", "go on from a checkpoint: a path, or auto: the newest in run_dir", alone="auto")
+    resume: str = setting("", "go on from a checkpoint: a path, or auto: the newest whole one in run_dir", alone="auto")
+    allow_changes: str = setting("", "settings that may differ from those of the run resumed: names with commas, "
+                                 "or all", alone="all")
+    check: bool = setting(False, "only check what can be known before the first step; exit code 2: mend something")
+    collective_timeout: int = setting(1800, "longest that a process waits for the others", "seconds", "", "[1, 1e6]")
     device: str = setting("auto", "where to compute; auto: on CUDA where there is one",
                           choices=("auto", "cpu", "cuda"))
     threads: int = setting(0, "CPU threads of a process; 0: torch's own choice", "threads", "", "[0, inf)")
@@ -117,8 +121,8 @@ class Config:
     adam_eps: float = setting(1e-8, "added to AdamW's denominator", "", "", "(0, inf)")
     weight_decay: float = setting(0.01, "AdamW's decoupled weight decay", "", "0.01", "[0, inf)")
     max_grad_norm: float = setting(1.0, "larger gradients are scaled down to this norm", "", "1", "(0, inf)")
-    max_bad_steps: int = setting(5, "non-finite optimizer steps in a row (each is skipped) that stop the run",
-                                 "optimizer steps", "", "[1, inf)")
+    max_bad_steps: int = setting(5, "non-finite optimizer steps in a row (each is skipped, its batch written to "
+                                 "skipped/) that stop the run", "optimizer steps", "", "[1, inf)")
 
     activation_checkpointing: str = setting("auto", "recompute each layer in the backward pass: less memory, about "
                                             "a third more work; auto: from a billion parameters on", "", "on",
@@ -140,6 +144,10 @@ class Config:
     save_every: int = setting(10, "write a checkpoint every so many steps; 0: only at the end", "steps", "10",
                               "[0, inf)")
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept", "checkpoints", "", "[1, inf)")
+    keep_every: int = setting(0, "keep the checkpoints of every so many steps for good; 0: none", "steps", "",
+                              "[0, inf)")
+    max_failed_saves: int = setting(3, "failed attempts in a row to write a checkpoint (one after each step) that stop "
+                                    "the run", "attempts", "", "[1, inf)")
     log_rollouts: int = setting(4, "best replies, and as many of the worst, written to rollouts.jsonl a step",
                                 "replies", "", "[0, inf)")
 # fmt: on
@@ -162,6 +170,18 @@ def _sections() -> dict[str, str]:
 
 SECTION_OF = _sections()
 
+# A run may go on with other values of these: they change its weights by rounding at most. (The number of steps counts
+# only where the learning rate depends on it; of the data, their content counts: see config.refuse_changes.)
+# fmt: off
+MAY_CHANGE = frozenset((
+    "run_dir", "resume", "allow_changes", "check", "collective_timeout", "device", "threads", "tensorboard",
+    "train_data", "steps", "epochs", "tokens_per_microbatch", "rollout_rows", "rollout_cache_tokens",
+    "activation_checkpointing", "accumulate_whole", "offload_reference", "offload_optimizer", "compile",
+    "logprob_chunk_tokens", "max_bad_steps", "eval_data", "eval_every", "eval_bench", "eval_rows",
+    "eval_before_training", "save_every", "keep_checkpoints", "keep_every", "max_failed_saves", "log_rollouts",
+))
+# fmt: on
+
 
 def shown(value: Any) -> str:
     text = repr(value)
@@ -182,7 +202,7 @@ def checked(name: str, value: Any, where: str = "") -> Any:
         raise UserError(f"{place}{name} is one of {', '.join(about['choices'])}, not {shown(value)}.{hint}")
     if about["within"] and not _is_within(value, about["within"]):
         raise UserError(f"{place}{name} must be {_range_words(about['within'])}, not {shown(value)}.")
-    if kind is str and any("\ud800" <= letter <= "\udfff" for letter in value):
+    if kind is str and any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in value):
         raise UserError(f"{place}{name} is not readable text: {shown(value)}.")
     return value
 

@@ -17,6 +17,7 @@ from tooln1.attention import packed_attention
 from tooln1.batch import PackedBatch, as_rows
 from tooln1.distributed import next_microbatch, reshard, whole
 from tooln1.grpo import aggregate, clipped_policy_loss, clipped_tokens, k3_kl, token_logprobs
+from tooln1.metrics import Reduce, alone
 from tooln1.model import Transformer
 
 Sums = dict[str, tuple[float, float]]
@@ -119,9 +120,9 @@ def scheduled_rate(step: int, steps: int, peak: float, schedule: str, warmup_rat
 class StepResult:
     """What one optimizer step did."""
 
-    loss: float  # this rank's part of it; the parts of all ranks add up
+    loss: float  # of the whole mini-batch, the parts of all ranks added up
     grad_norm: float  # global, before clipping
-    applied: bool  # False: the gradient was not finite and the weights are as before
+    applied: bool  # False: loss or gradient was not finite, and the weights are as before
     sums: Sums
 
 
@@ -133,10 +134,12 @@ def optimizer_step(
     total: float,
     max_grad_norm: float,
     learning_rate: float,
+    reduce: Reduce = alone,
 ) -> StepResult:
     """Accumulate the gradients of all micro-batches, clip their global norm, step.
 
-    A gradient that is not finite on any rank leaves weights and Adam state untouched on all of them.
+    A loss or gradient that is not finite on any rank leaves weights and Adam state untouched on all of them. `reduce`
+    adds up numbers over the ranks.
     """
     optimizer.zero_grad(set_to_none=True)
     loss_sum, sums = 0.0, {}
@@ -150,7 +153,8 @@ def optimizer_step(
             sums[name] = (before[0] + value, before[1] + count)
     parameters = [parameter for parameter in policy.parameters() if parameter.grad is not None]
     norm = whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
-    applied = bool(torch.isfinite(norm))  # the norm is global, so every rank decides alike
+    (loss_sum,) = reduce([loss_sum], "sum")
+    applied = math.isfinite(loss_sum) and math.isfinite(norm.item())  # both are global: every rank decides alike
     if applied:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         for group in optimizer.param_groups:

@@ -1,0 +1,102 @@
+"""What a run does with an optimizer step that is not finite, and with memory that does not suffice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tooln1.batch import PackedBatch
+from tooln1.distributed import World
+from tooln1.errors import UserError, atomic_write
+from tooln1.metrics import to_json
+from tooln1.rollout import Rollout
+from tooln1.tokenizer import Tokenizer
+
+ROLLOUT_KNOBS = ("rollout_rows", "rollout_cache_tokens", "max_reply_tokens")
+UPDATE_KNOBS = (
+    "tokens_per_microbatch", "logprob_chunk_tokens", "activation_checkpointing", "accumulate_whole", "kl_coef",
+    "offload_reference", "offload_optimizer",
+)  # fmt: skip
+
+
+def keep_batch(
+    folder: Path, name: str, batches: Sequence[PackedBatch], rollouts: Sequence[Rollout], tokenizer: Tokenizer,
+    world: World, newest: int,
+) -> Path:  # fmt: skip
+    """Write the replies of a mini-batch, of all ranks, as `folder`/`name`.jsonl, and keep the `newest` such files.
+
+    One line a reply: its text, tokens and advantage, and the log-prob of each token under the sampler, the policy
+    before the update and the reference. A collective; raises UserError where the file cannot be written.
+    """
+    rows = world.gather([row for batch in batches for row in _rows(batch, rollouts, tokenizer)])
+    file = folder / f"{name}.jsonl"
+
+    def write() -> None:
+        with atomic_write(file) as lines:
+            lines.writelines(to_json(row) + "\n" for row in rows)
+        for old in sorted(folder.glob("*.jsonl"))[:-newest]:
+            old.unlink()
+
+    world.together(write if world.main else lambda: None, f"{file} could not be written")
+    return file
+
+
+def _rows(batch: PackedBatch, rollouts: Sequence[Rollout], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """What there is to see of each reply of a batch; the log-probs are null in supervised training."""
+    lengths = list(batch.lengths)
+
+    def by_reply(values: torch.Tensor | None) -> list:
+        return [None] * len(lengths) if values is None else [part.tolist() for part in values.cpu().split(lengths)]
+
+    old, reference = by_reply(batch.old_logprobs), by_reply(batch.ref_logprobs)
+    return [
+        {
+            "prompt": tokenizer.decode(rollouts[row].prompt),
+            "reply": tokenizer.decode(rollouts[row].reply),
+            "advantage": advantage,
+            "reply_tokens": rollouts[row].reply,
+            "sampler_logprobs": rollouts[row].logprobs,
+            "old_logprobs": old[i],
+            "ref_logprobs": reference[i],
+        }
+        for i, (row, advantage) in enumerate(zip(batch.rows, batch.advantages.tolist(), strict=True))
+    ]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception means that memory, of the GPU or of the host, did not suffice."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = ("CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "not enough memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+@contextmanager
+def memory_in_words(settings: Mapping[str, Any], note: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+    """A block in which memory that runs out is a UserError: what was being done, and the knobs with their values.
+
+    settings: the run's settings by name. The block is handed a function to say what it turns to ("step 3, update"),
+    which `note` is told too.
+    """
+    doing = "loading"
+
+    def turn_to(what: str) -> None:
+        nonlocal doing
+        doing = what
+        note(what)
+
+    try:
+        yield turn_to
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        knobs = ROLLOUT_KNOBS if doing.endswith(("rollout", "eval")) else UPDATE_KNOBS
+        present = ", ".join(f"{name} ({settings[name]})" for name in knobs)
+        said = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+        raise UserError(
+            f"out of memory ({doing}): {said}. Lower or switch one of {present}; or use more processes."
+        ) from error
