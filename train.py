@@ -36,7 +36,7 @@ from tooln1.reply_metrics import add_reply_metrics, add_sampler_gap, add_sampler
 from tooln1.rewards import REWARDS
 from tooln1.rollout import Rollout, Sampler
 from tooln1.run_dir import CHECKPOINTS, claimed, find_checkpoint
-from tooln1.settings import Config
+from tooln1.settings import Config, resolved
 from tooln1.sft import demonstrations, read_pairs
 from tooln1.tokenizer import Tokenizer, load_tokenizer
 from tooln1.update import PolicyLoss, SupervisedLoss, optimizer_step, scheduled_rate, with_logprobs
@@ -324,7 +324,7 @@ def prepare(
         )
     held_out = [case.example for bench in benches if bench.name == "heldout" for case in bench.chosen]
     shape, reference = read_config(config.model), reference_of(config)
-    settings = asdict(config) | choices(config, shape.num_parameters)
+    settings = resolved(config, shape.num_parameters)
     look_ahead(settings, world, shape, read_config(reference) if reference else None, tokenizer, examples, held_out)
     return tokenizer, examples, benches, notes
 
@@ -334,11 +334,11 @@ def build(
     turn_to: Callable[[str], None],
 ) -> Run:  # fmt: skip
     """Models, sampler, optimizer, order: a run before its first step."""
+    settings = resolved(config, read_config(config.model).num_parameters)
+    kept_how = ("compile", "activation_checkpointing", "accumulate_whole", "offload_optimizer", "offload_reference")
     policy, reference, copy = load_models(
-        config.model, reference_of(config), world, tokenizer.vocab_size, compile=config.compile,
-        offload_optimizer=config.offload_optimizer, offload_reference=config.offload_reference,
-        **choices(config, read_config(config.model).num_parameters),
-    )  # fmt: skip
+        config.model, reference_of(config), world, tokenizer.vocab_size, **{name: settings[name] for name in kept_how}
+    )
     sampler = Sampler(copy, tokenizer.stop_ids, config.rollout_rows, config.rollout_cache_tokens)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
@@ -357,15 +357,6 @@ def build(
     )  # fmt: skip
 
 
-def choices(config: Config, parameters: int) -> dict[str, bool]:
-    """What the settings that may be "auto" come to for a model of so many parameters."""
-    on = {"on": True, "off": False}
-    return {
-        "activation_checkpointing": on.get(config.activation_checkpointing, parameters > 1e9),
-        "accumulate_whole": on.get(config.accumulate_whole, parameters < 2e9),
-    }
-
-
 def reference_of(config: Config) -> str:
     """The frozen model of the KL term, "" where that has no weight."""
     return (config.reference_model or config.model) if config.mode == "rl" and config.kl_coef else ""
@@ -373,19 +364,21 @@ def reference_of(config: Config) -> str:
 
 def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Sequence, list[Bench]]:
     """The training examples (sft: each with its reply) and what to evaluate on; over-long examples are left out."""
-    say = print if world.main else lambda *words: None
-    held_out = read_examples(config.eval_data) if config.eval_data else []
-    held_out, unasked = drop_long(held_out[: config.eval_rows or None], tokenizer, config.max_prompt_tokens)
-    if config.mode == "sft":  # of (example, reply); a pair too long for max_prompt_tokens is left out by its prompt
-        pairs = read_pairs(config.train_data)
-        fitting, dropped = drop_long([example for example, _ in pairs], tokenizer, config.max_prompt_tokens)
-        ids = {example.id for example in fitting}
-        kept = [pair for pair in pairs if pair[0].id in ids]
-    else:
-        kept, dropped = drop_long(read_examples(config.train_data), tokenizer, config.max_prompt_tokens)
+
+    def fitting(path: str, examples: Sequence) -> tuple[list, int]:
+        try:
+            return drop_long(examples, tokenizer, config.max_prompt_tokens, config.think)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    held_out = read_examples(config.eval_data)[: config.eval_rows or None] if config.eval_data else []
+    held_out, unasked = fitting(config.eval_data, held_out)
+    everything = read_pairs(config.train_data) if config.mode == "sft" else read_examples(config.train_data)
+    kept, dropped = fitting(config.train_data, everything)
     if not kept:
         raise UserError(f"{config.train_data}: no example is left (max_prompt_tokens {config.max_prompt_tokens}).")
-    say(f"{len(kept)} training examples, {len(held_out)} held out; {dropped} and {unasked} over-long ones left out")
+    if world.main:
+        print(f"{len(kept)} training examples, {len(held_out)} held out; {dropped} and {unasked} over-long left out")
     benches = [held_out_bench(config.eval_data, held_out)] if held_out else []
     return kept, benches + load_benches([config.eval_bench] if config.eval_bench else [])
 

@@ -326,6 +326,16 @@ def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(place, caps
     assert measured(branch / "metrics.jsonl") == before[1:]
 
 
+def test_a_half_written_checkpoint_is_passed_over_and_named(place, capsys):
+    folder = run(place, "half-written", steps=2, save_every=1)
+    (folder / "checkpoints/.step-000003.tmp").mkdir()
+    (folder / ".hf.abc.tmp").mkdir()
+    run(place, "half-written", steps=2, resume="auto")
+    out = capsys.readouterr().out
+    assert "passed over, and removed: step-000003 (writing it was not finished)" in out
+    assert not list(folder.rglob("*.tmp"))
+
+
 def test_a_run_whose_checkpoints_are_all_broken_is_not_begun_anew(place):
     folder = run(place, "broken", steps=2, save_every=1)
     for index in (folder / "checkpoints").glob("*/index.json"):

@@ -21,6 +21,7 @@ import json
 import re
 import shutil
 import zlib
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,7 +133,7 @@ def _retire(directory: Path, keep: int, keep_every: int) -> None:
     """Remove what is neither among the newest `keep` nor of a `keep_every`-th step; each is gone at once or not."""
     for old in complete_checkpoints(directory)[:-keep] if keep else []:
         if not keep_every or step_of(old) % keep_every:
-            doomed = directory / f".{old.name}.tmp"
+            doomed = directory / f".{old.name}.removed.tmp"
             with suppress(OSError):  # what cannot be removed does not make the new one worse
                 old.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
@@ -169,20 +170,19 @@ def step_of(path: Path) -> int:
 
 def choose(directory: Path, world: World) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint in `directory`, and for each newer one its name and why it is passed over."""
-    unfinished = [path.name[1 : -len(".tmp")] for path in directory.glob(".step-*.tmp")]
-    names = [path.name for path in complete_checkpoints(directory)]
-    names, unfinished = world.from_main((names, unfinished))  # a network's disk may show others something else
-    newest = step_of(Path(names[-1])) if names else -1
-    skipped = [
-        f"{name} (writing it was not finished)"
-        for name in sorted(unfinished)
-        if _NAME.fullmatch(name) and step_of(Path(name)) > newest
-    ]
-    for name in reversed(names):
+    skipped = []
+    # as rank 0 sees them: a network's disk may show others something else
+    for name in world.from_main([path.name for path in reversed(complete_checkpoints(directory))]):
         if not (faults := faults_of(directory / name, world)):
             return directory / name, skipped
         skipped.append(f"{name} ({faults[0]})")
     return None, skipped
+
+
+def unfinished(names: Iterable[str]) -> list[str]:
+    """Of the `names` that a killed process left behind, the checkpoints that it was writing."""
+    written = (name[1 : -len(".tmp")] for name in names if name.endswith(".tmp"))
+    return [name for name in written if _NAME.fullmatch(name)]
 
 
 def faults_of(checkpoint: Path, world: World) -> list[str]:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -278,21 +279,24 @@ class ChatTokenizer(Protocol):
 
 
 def drop_long(
-    examples: list[Example], tokenizer: ChatTokenizer, max_prompt_tokens: int
-) -> tuple[list[Example], int]:
+    examples: Sequence[Example | tuple[Example, str]], tokenizer: ChatTokenizer, max_prompt_tokens: int,
+    think: bool = True,
+) -> tuple[list, int]:  # fmt: skip
     """(examples whose rendered prompt has at most `max_prompt_tokens` tokens, number of the others).
 
-    Raises UserError, naming the example, where the chat template refuses it.
+    Pairs (example, reply to imitate) go by their example. Raises UserError, naming the example, where the chat
+    template refuses it.
     """
     kept = []
-    for example in tqdm(examples, desc="prompt lengths", unit="prompt", disable=None):
+    for one in tqdm(examples, desc="prompt lengths", unit="prompt", disable=None):
+        example = one[0] if isinstance(one, tuple) else one
         try:
-            prompt = tokenizer.render(build_messages(example), add_generation_prompt=True)
+            prompt = tokenizer.render(build_messages(example, think), add_generation_prompt=True)
         except UserError as error:
             raise UserError(f"example {shown(example.id)}: {error}") from error
         short = len(prompt.encode()) <= max_prompt_tokens  # a token is a byte at least: no need to count
         if short or len(tokenizer.encode(prompt)) <= max_prompt_tokens:
-            kept.append(example)
+            kept.append(one)
     return kept, len(examples) - len(kept)
 
 

@@ -109,8 +109,7 @@ def launch(device: str = "auto", timeout: int = 1800) -> Iterator[World]:
     `device` is "auto" (a GPU where there is one), "cpu" or "cuda". `timeout`: seconds that a process waits for the
     others in a collective. Raises UserError where the device is not to be had. A process that dies ends the others.
     """
-    where = _device(device)
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    where, rank, size = _device(device), _from_torchrun("RANK", 0), _from_torchrun("WORLD_SIZE", 1)
     backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout)
     store = _store(rank, limit) if "RANK" in os.environ else dist.HashStore()
@@ -135,7 +134,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("device = 'cuda', but torch finds no GPU; use --device cpu, or install a CUDA build of torch.")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = _from_torchrun("LOCAL_RANK", 0)
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}; "
@@ -143,6 +142,16 @@ def _device(name: str) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device(name, local_rank)
+
+
+def _from_torchrun(name: str, alone: int) -> int:
+    """A number that torchrun sets in the environment of its processes; `alone` without it."""
+    value, needed = os.environ.get(name, str(alone)), ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [other for other in needed if other not in os.environ]
+    if not value.isdecimal() or 0 < len(missing) < len(needed):
+        wrong = f"{name} is {value!r}" if not value.isdecimal() else f"{missing[0]} is not set, but others of it are"
+        raise UserError(f"the environment is not torchrun's: {wrong}; start with torchrun, or unset all of it.")
+    return int(value)
 
 
 def _store(rank: int, limit: timedelta) -> dist.Store:

@@ -123,17 +123,22 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def clear_up(folder: Path) -> None:
-    """Undo what a killed process left behind in `folder`: half-written things go, one set aside comes back."""
+def clear_up(folder: Path) -> list[str]:
+    """Undo what a killed process left in `folder`: one that was set aside comes back, half-written things go.
+
+    Returns the names that went.
+    """
     for leftover in folder.glob(".*.old"):
         place = folder / leftover.name[1 : -len(".old")]
         if not place.exists():  # killed between the two renames of `put_in_place`
             os.replace(leftover, place)
-    for leftover in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+    leftovers = sorted([*folder.glob(".*.tmp"), *folder.glob(".*.old")])
+    for leftover in leftovers:
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
+    return [leftover.name for leftover in leftovers]
 
 
 def check_writable(folder: str | os.PathLike, setting: str) -> Path:

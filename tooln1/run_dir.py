@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tooln1.checkpoint import Checkpoint, choose, complete_checkpoints, faults_of, read_checkpoint
+from tooln1.checkpoint import Checkpoint, choose, complete_checkpoints, faults_of, read_checkpoint, unfinished
 from tooln1.distributed import World
 from tooln1.errors import UserError, check_writable, clear_up
 
@@ -65,8 +65,8 @@ def claimed(run_dir: Path, world: World) -> Iterator[None]:
         check_writable(run_dir, "run_dir")
         (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         lock = _lock(run_dir)
-        clear_up(run_dir)
-        clear_up(run_dir / CHECKPOINTS)
+        for name in unfinished(clear_up(run_dir) + clear_up(run_dir / CHECKPOINTS)):
+            print(f"passed over, and removed: {name} (writing it was not finished)")
 
     world.together(prepare if world.main else lambda: None, f"{run_dir} cannot be written to")
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
 from tooln1.errors import UserError
@@ -151,6 +151,15 @@ class Config:
     log_rollouts: int = setting(4, "best replies, and as many of the worst, written to rollouts.jsonl a step",
                                 "replies", "", "[0, inf)")
 # fmt: on
+
+
+def resolved(config: Config, parameters: int) -> dict[str, Any]:
+    """All settings by name, "auto", "on" and "off" made true or false for a model of so many parameters."""
+    on = {"on": True, "off": False}
+    return asdict(config) | {
+        "activation_checkpointing": on.get(config.activation_checkpointing, parameters > 1e9),
+        "accumulate_whole": on.get(config.accumulate_whole, parameters < 2e9),
+    }
 
 
 SETTINGS = {entry.name: entry for entry in fields(Config)}
