@@ -30,6 +30,7 @@ from tooln1.errors import UserError, atomic_write, check_writable, exit_on_user_
 from tooln1.evaluation import (
     CHANGED,
     MAKE_THE_SCORE_WRONG,
+    MOST_SAMPLES,
     WORDINGS,
     Asking,
     Bench,
@@ -48,6 +49,7 @@ from tooln1.evaluation_table import comparison, footnotes, note_lines, problem_l
 from tooln1.jsonl import read_rows
 from tooln1.metrics import JsonlLog, read_jsonl, to_json
 from tooln1.model import Transformer, load_model, read_config
+from tooln1.preflight import stop_ids
 from tooln1.rollout import Sampler
 from tooln1.tokenizer import TOKENIZER_FILES, load_tokenizer
 
@@ -57,14 +59,17 @@ PREDICTIONS, PARTS = "predictions.jsonl", "predictions.rank*.jsonl"  # parts: of
 
 def evaluate(options: argparse.Namespace, world: World) -> int:
     """Generate what is missing (or read --predictions), score, write, print; returns the exit code."""
+    if options.export_bfcl:
+        check_writable(options.export_bfcl, "--export-bfcl")
     benches = load_benches(options.bench, options.limit, options.bfcl_changed)
     if options.export_bfcl and "bfcl" not in [bench.name for bench in benches]:
         raise UserError("--export-bfcl writes the replies to bfcl, which --bench does not name.")
     out = check_writable(options.out, "--out")
     runs = {out: ("ours", options.predictions or options.model)}
     if options.base_model:
-        read_config(options.base_model)  # a model that is not there is told now, not when the first one is through
         runs[out / "base"] = ("base", options.base_model)
+    for _, source in [] if options.predictions else runs.values():
+        check_model(source, benches, asking_of(options))  # all of them, before the first one is asked
     results, wrong = {}, False
     for folder, (role, source) in runs.items():
         if options.predictions:
@@ -84,6 +89,21 @@ def evaluate(options: argparse.Namespace, world: World) -> int:
             for line in problem_lines(options.predictions or str(folder / PREDICTIONS), result["problems"]):
                 print(line, file=sys.stderr)
     return int(wrong)
+
+
+def check_model(source: str, benches: Sequence[Bench], asking: Asking) -> None:
+    """Raise UserError where config.json, the tokenizer or its template are not fit to ask a model with."""
+    config, tokenizer = read_config(source), load_tokenizer(source)
+    for finding in stop_ids(tokenizer, config.vocab_size):
+        if finding.level == "error":
+            raise UserError(f"{source}: {finding.text}")
+    for bench in benches:
+        tokenizer.render(asking.messages(bench.chosen[0]), add_generation_prompt=True)
+
+
+def asking_of(options: argparse.Namespace) -> Asking:
+    """How the options want models to be asked."""
+    return Asking(**{name: getattr(options, name) for name in Asking.__dataclass_fields__})
 
 
 def from_file(options: argparse.Namespace, benches: Sequence[Bench], out: Path) -> tuple[Predictions, dict]:
@@ -160,7 +180,7 @@ def generate(
     if world.device.type == "cuda":  # what is left of a model before
         gc.collect()
         torch.cuda.empty_cache()
-    asking = Asking(**{name: getattr(options, name) for name in Asking.__dataclass_fields__})
+    asking = asking_of(options)
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32  # as train.py samples
     tokenizer = load_tokenizer(source)
     model = load_model(source, dtype, world.device, tokenizer.vocab_size)
@@ -234,7 +254,7 @@ def check_same_settings(out: Path, settings: dict) -> None:
         if (out / PREDICTIONS).exists():
             raise UserError(f"{out} holds predictions, but no settings.json beside them. {way_out}") from None
         return
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{out / 'settings.json'} cannot be read ({error}). {way_out}") from error
     if changed:
         raise UserError(f"{out} holds predictions made with other settings: {'; '.join(changed)}. {way_out}")
@@ -266,11 +286,11 @@ def _hash(*parts: bytes) -> str:
 # ----------------------------------------------------------------------------------------------- command line
 
 
-def _at_least(kind: type, least: float):
+def _between(kind: type, least: float, most: float = 10**9):
     def number(text: str):
         value = kind(text)
-        if not least <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be at least {least} and at most {most}, not {text}")
         return value
 
     number.__name__ = kind.__name__  # for argparse's own message about text that is no number
@@ -279,7 +299,7 @@ def _at_least(kind: type, least: float):
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
-    asking, count = Asking(), _at_least(int, 1)
+    asking, count = Asking(), _between(int, 1)
     # fmt: off
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--bench", nargs="+", action="extend", required=True, metavar="NAME=PATH",
@@ -301,14 +321,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                           help="wording: that of training (default), or of the released BFCL handler"),
         made.add_argument("--max-reply-tokens", type=count, default=asking.max_reply_tokens, metavar="N",
                           help="a longer reply is cut off there (%(default)s)"),
-        made.add_argument("--temperature", type=_at_least(float, 0), default=asking.temperature,
+        made.add_argument("--temperature", type=_between(float, 0), default=asking.temperature,
                           help="0: greedy (default)"),
-        made.add_argument("--samples", type=count, default=asking.samples, metavar="N",
+        made.add_argument("--samples", type=_between(int, 1, MOST_SAMPLES), default=asking.samples, metavar="N",
                           help="replies to each case, for mean and spread; needs a temperature (%(default)s)"),
-        made.add_argument("--seed", type=_at_least(int, 0), default=asking.seed, help="of the sampling (%(default)s)"),
+        made.add_argument("--seed", type=_between(int, 0, 2**63 - 1), default=asking.seed,
+                          help="of the sampling (%(default)s)"),
         made.add_argument("--rows", type=count, metavar="N",
                           help="most replies in flight in each process (on CUDA 512, else 64)"),
-        made.add_argument("--threads", type=count, metavar="N", help="CPU threads of a process (torch's choice)"),
+        made.add_argument("--threads", type=_between(int, 1, 4096), metavar="N",
+                          help="CPU threads of a process (torch's choice)"),
     ]
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                         help="auto: a GPU if there is one")

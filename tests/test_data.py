@@ -402,22 +402,6 @@ def test_command_writes_both_sides_and_a_report(write, tmp_path):
     assert sorted(p.name for p in out.iterdir()) == ["heldout.jsonl", "report.json", "train.jsonl"]
 
 
-def test_command_refuses_in_a_sentence_and_writes_nothing(write, tmp_path):
-    out = tmp_path / "out"
-    for args, reason in [
-        ((), "nothing to convert"),
-        (("--xlam", write(xlam_row(answers=[]))), "no example is left"),
-        (("--xlam", write({"query": "q"}, name="broken")), 'broken, line 1: the key "tools" is missing'),
-        (
-            ("--xlam", write(*[xlam_row(f"q{i}") for i in range(9)], name="ok"), "--held-out", 2),
-            "held-out share",
-        ),
-    ]:
-        done = command(*args, "--out", out)
-        assert done.returncode == 2 and reason in done.stderr and "Traceback" not in done.stderr, done.stderr
-        assert not out.exists()
-
-
 # ---------------------------------------------------------------------------------------- reference data
 
 

@@ -157,56 +157,6 @@ def test_a_limit_marks_the_results_as_partial(by_hand, capsys):
     assert "PARTIAL: 4 of 9 cases (--limit" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"--bench": "no_such=x"}, "no benchmark 'no_such'; --bench takes NAME=PATH with NAME one of examples"),
-        ({"--out": "data.jsonl/out"}, "is not a folder that can be written to"),
-        ({"--bench": "examples"}, "such as examples=heldout.jsonl; found 'examples'"),
-        ({"--bench": "examples=nowhere.jsonl"}, "cannot read nowhere.jsonl"),
-        ({"--predictions": "nowhere.jsonl"}, "cannot read nowhere.jsonl"),
-        ({"--predictions": '{"id": "a", "completion": "cut o'}, "line 1: not valid JSON"),
-        ({"--predictions": '{"id": "a"}'}, 'line 1: the key "completion" is missing'),
-        ({"--predictions": '{"id": 7, "completion": ""}'}, '"id" must be a string, found a number'),
-        ({"--predictions": '{"id": "a", "completion": "", "sample": -1}'}, "from 0 to 9999, found -1"),
-        ({"--predictions": '{"id": "a", "completion": "", "sample": 10000000}'}, "from 0 to 9999, found 10000000"),
-        ({"--predictions": '{"id": "a", "completion": "", "bench": []}'}, '"bench" must be a string'),
-    ],
-)
-def test_mistakes_are_sentences_and_write_nothing(by_hand, monkeypatch, capsys, changes, words):
-    monkeypatch.chdir(by_hand.folder)
-    arguments = dict(zip(by_hand.arguments[::2], by_hand.arguments[1::2], strict=True))
-    arguments["--predictions"] = by_hand.file
-    for name, value in changes.items():
-        if value.startswith("{"):
-            Path("broken.jsonl").write_text(value)
-            value = "broken.jsonl"
-        arguments[name] = value
-    assert exit_code(*(word for pair in arguments.items() for word in pair)) == 2
-    assert words in capsys.readouterr().err
-    assert not by_hand.out.exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--predictions", "x", "--temperature", "1"], "--temperature is of no use"),
-        (["--predictions", "x", "--base-model", "y"], "--base-model is of no use"),
-        (["--model", "x", "--samples", "2"], "--samples needs a --temperature above 0"),
-        (["--model", "x", "--samples", "2", "--temperature", "1", "--export-bfcl", "z"], "one reply a case"),
-        (["--model", "x", "--rows", "0"], "argument --rows: must be at least 1, not 0"),
-        (["--model", "x", "--bfcl-changed", "maybe"], "invalid choice: 'maybe'"),
-        (["--model", "x", "--limit", "0"], "argument --limit: must be at least 1, not 0"),
-        (["--model", "x", "--temperature", "nan"], "argument --temperature: must be at least 0, not nan"),
-        (["--model", "x", "--predictions", "y"], "not allowed with argument"),
-        ([], "one of the arguments --model --predictions is required"),
-    ],
-)
-def test_options_that_do_not_go_together(arguments, words, capsys):
-    assert exit_code("--bench", "examples=x", "--out", "y", *arguments) == 2
-    assert words in capsys.readouterr().err
-
-
 def test_predictions_of_another_origin_are_kept_out_of_a_models_folder(by_hand, capsys):
     by_hand.out.mkdir()
     own = write_rows(by_hand.out / "predictions.jsonl", by_hand.rows)

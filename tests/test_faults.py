@@ -26,6 +26,16 @@ from tooln1.settings import Config
 ENDLESS = dict(steps=100_000, eval_every=0, save_every=0)
 
 
+@pytest.fixture(autouse=True)
+def nothing_runs_on():
+    """A test that fails leaves no endless run behind."""
+    yield
+    while Torchrun.started:
+        job = Torchrun.started.pop()
+        if job.process.poll() is None:
+            job.kill(None)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
@@ -43,6 +53,8 @@ def preset(place, name, **changes):
 class Torchrun(Job):
     """train.py as two processes under torchrun, or alone."""
 
+    started: list = []
+
     def __init__(self, place, name, *arguments, processes=2, flags=(), limit=None, **changes):
         self.log, self.processes = place / f"{name}.log", processes
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *flags]
@@ -53,6 +65,7 @@ class Torchrun(Job):
             stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
             start_new_session=True, preexec_fn=limit,
         )  # fmt: skip
+        self.started.append(self)
 
     def wait_for_text(self, words, seconds=120):
         until = time.monotonic() + seconds
@@ -63,12 +76,7 @@ class Torchrun(Job):
     def end(self, seconds=60):
         """Wait for the end; (exit code, seconds it took, what was printed)."""
         start = time.monotonic()
-        try:
-            code = self.process.wait(timeout=seconds)
-        finally:
-            if self.process.poll() is None:
-                self.kill(None)
-        return code, time.monotonic() - start, self.text()
+        return self.process.wait(timeout=seconds), time.monotonic() - start, self.text()
 
 
 # ---------------------------------------------------------------------------------------------- processes
@@ -208,14 +216,15 @@ def test_a_second_signal_is_obeyed_at_once():
         "with StopRequest(World(0, 1, torch.device('cpu'))) as request:\n"
         "    for pause in (0.1, 0.1, 1):\n"
         "        time.sleep(pause)\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "        print(request.asked(), flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(30)\n"
     )
     start = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode == 128 + signal.SIGTERM and time.monotonic() - start < 25
+    assert result.stdout.split() == ["False", "True", "True"]
     assert "once more: at once" in result.stderr and "stops at once" in result.stderr
 
 
@@ -428,7 +437,12 @@ def test_steps_that_are_not_finite_are_skipped_kept_and_end_the_run(place, monke
         assert len(row["reply_tokens"]) == len(row["old_logprobs"]) == len(row["ref_logprobs"]) > 0
         assert row["prompt"].startswith("<|im_start|>system") and row["reply"]
     with pytest.raises(UserError, match="stops at step 2"):  # the count goes on where it was
-        run(place, "nan", resume="auto", **how)
+        run(place, "nan", resume="auto", **(how | dict(max_bad_steps=4)))
+    files = sorted(path.name for path in (place / "nan/skipped").iterdir())
+    assert files == ["step-000001-1.jsonl", "step-000001-2.jsonl", "step-000002-3.jsonl", "step-000002-4.jsonl"]
+    with pytest.raises(UserError, match="stops at step 2"):
+        run(place, "nan", resume="auto", **(how | dict(max_bad_steps=3)))
+    assert len(list((place / "nan/skipped").iterdir())) == 3  # the newest
     monkeypatch.undo()
     run(place, "nan", resume="auto", **(how | dict(steps=1)))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(place / "nan"), start, strict=True))

@@ -130,12 +130,6 @@ def test_text_survives_a_terminal_without_the_characters(runs):
     assert done.returncode == 0 and b"0.51 -> 0.8" in done.stdout
 
 
-def test_without_matplotlib_the_error_names_both_ways_out(runs, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match="requirements-extra.txt.*--text"):
-        main(runs)
-
-
 # --- the figure
 
 
@@ -176,18 +170,3 @@ def test_default_place_is_beside_the_log(runs, tmp_path):
     pytest.importorskip("matplotlib")
     main([runs[0] + "/metrics.jsonl"])
     assert (tmp_path / "demo" / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_an_unknown_format_is_refused_and_nothing_written(tmp_path, runs):
-    pytest.importorskip("matplotlib")
-    for name in ("curves.doc", "curves"):
-        with pytest.raises(UserError, match="--out .*take .png or .svg"):
-            main([*runs, "--out", str(tmp_path / name)])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["control", "demo"]
-
-
-def test_the_command_fails_with_a_sentence(tmp_path):
-    command = [sys.executable, "-m", "tooln1.plot", str(tmp_path / "gone")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: cannot read ") and done.stderr.count("\n") == 1

@@ -171,6 +171,15 @@ def uniforms(seed, step, keys, samples, positions):
     return uniforms_of(reply_streams(seed, step, keys, samples), positions)
 
 
+def test_a_request_to_stop_ends_the_sampling_at_once(model):
+    """No replies at all, within one step of the model; the sampler stays usable."""
+    sampler, asked = Sampler(model, [7, 50], rows=3), []
+    how = dict(group_size=3, temperature=1.0, max_new_tokens=24, seed=5)
+    assert sampler.generate(PROMPTS, should_stop=lambda: asked.append(0) or len(asked) > 5, **how) == []
+    assert len(asked) == 6
+    assert texts(sampler.generate(PROMPTS, **how)) == texts(Sampler(model, [7, 50]).generate(PROMPTS, **how))
+
+
 def test_uniform_numbers_are_uniform_and_unrelated():
     n = 200_000
     keys, zero = torch.arange(n), torch.zeros(n, dtype=torch.int64)

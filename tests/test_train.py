@@ -1,15 +1,12 @@
 """The loop end to end on a tiny model: what it writes, that it learns, resumes and agrees with itself."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from test_distributed import ROOT, torchrun
+from test_distributed import torchrun
 
 import train
 from tooln1.config import load_config, to_toml
@@ -183,21 +180,3 @@ def test_written_replies_are_imitated(tmp_path):
     (tmp_path / "bad.jsonl").write_text(json.dumps({**row, "reply": 5}) + "\n")
     with pytest.raises(train.UserError, match="bad.jsonl, line 1"):
         read_pairs(tmp_path / "bad.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--learnin-rate", "1"], "Did you mean 'learning_rate'"),
-        (["--model", "nowhere/at all"], "no such directory"),
-    ],
-)
-def test_mistakes_are_sentences_with_exit_code_2(place, arguments, words):
-    preset = place / "mistake.toml"
-    preset.write_text(to_toml(Config(**settings(place, "mistake"))))
-    command = [sys.executable, "train.py", "--config", str(preset), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert result.returncode == 2
-    assert words in result.stderr and "Traceback" not in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1

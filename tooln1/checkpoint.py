@@ -88,9 +88,9 @@ def save_checkpoint(
         flush(partial / INDEX)
         flush(partial)
         put_in_place(partial, final)
-        with atomic_write(directory / LATEST) as file:
-            file.write(final.name + "\n")
-        _retire(directory, keep, keep_every)
+        with suppress(OSError):  # the checkpoint is there, whatever becomes of the rest
+            _point_to(final)
+            _retire(directory, step, keep, keep_every)
 
     try:
         world.together(begin if world.main else lambda: None, what)
@@ -129,13 +129,18 @@ def _local_tensors(policy: Transformer, optimizer: torch.optim.Optimizer) -> dic
     return {key: _local(tensor).detach().cpu().contiguous() for key, _, tensor in _named(policy, optimizer)}
 
 
-def _retire(directory: Path, keep: int, keep_every: int) -> None:
-    """Remove what is neither among the newest `keep` nor of a `keep_every`-th step; each is gone at once or not."""
-    for old in complete_checkpoints(directory)[:-keep] if keep else []:
+def _point_to(checkpoint: Path) -> None:
+    with atomic_write(checkpoint.parent / LATEST) as file:
+        file.write(checkpoint.name + "\n")
+
+
+def _retire(directory: Path, step: int, keep: int, keep_every: int) -> None:
+    """Of those up to `step` remove all but the newest `keep` and the `keep_every`-th; each is gone at once or not."""
+    there = [path for path in complete_checkpoints(directory) if step_of(path) <= step]
+    for old in there[:-keep] if keep else []:
         if not keep_every or step_of(old) % keep_every:
             doomed = directory / f".{old.name}.removed.tmp"
-            with suppress(OSError):  # what cannot be removed does not make the new one worse
-                old.rename(doomed)
+            old.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -206,13 +211,18 @@ def faults_of(checkpoint: Path, world: World) -> list[str]:
 
 
 def set_aside(directory: Path, after: int) -> list[str]:
-    """Rename the checkpoints of later steps than `after`, which a run that goes on from there will write anew."""
+    """Rename the checkpoints of later steps than `after`, which a run that goes on from there will write anew.
+
+    The latest first: a kill in between leaves the old run with fewer checkpoints, never with a gap.
+    """
     moved = []
-    for path in complete_checkpoints(directory):
+    for path in reversed(complete_checkpoints(directory)):
         if step_of(path) > after:
             names = (f"{path.name}.set-aside{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 10_000))))
             moved.append(next(name for name in names if not (directory / name).exists()))
             path.rename(directory / moved[-1])
+    if moved and (left := complete_checkpoints(directory)):
+        _point_to(left[-1])
     return moved
 
 

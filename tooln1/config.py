@@ -34,6 +34,7 @@ from tooln1.settings import (
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+
 def load_config(argv: list[str], default_toml: str | Path) -> Config:
     """The settings that a command line asks for, checked.
 
@@ -87,7 +88,7 @@ def _read_preset(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     values = {name: _in_repository(SETTINGS[name].default) for name in PATHS}
     if "base" in table:
         base = table.pop("base")
-        if not isinstance(base, str):
+        if not isinstance(base, str) or "\0" in base:
             raise UserError(f"{path}: base takes the path of another preset, not {shown(base)}.")
         values = _read_preset(path.parent / base, (*readers, path.resolve()))
     own = {}
@@ -165,7 +166,10 @@ def _known(key: str, where: str, extra: tuple[str, ...] = ()) -> str:
     """`key` as a setting's name."""
     name = key.replace("-", "_")
     if name not in SETTINGS:
-        raise UserError(f"{where}: there is no setting {key!r}.{_nearest(name, (*SETTINGS, *extra))}")
+        switch = name.removeprefix("no_")
+        turned_off = switch != name and KINDS.get(switch) is bool
+        hint = f" {switch} is turned off with --{switch.replace('_', '-')} false." if turned_off else ""
+        raise UserError(f"{where}: there is no setting {key!r}.{hint or _nearest(name, (*SETTINGS, *extra))}")
     return name
 
 
@@ -259,9 +263,10 @@ def help_text(config: Config, preset: str | Path) -> str:
         meaning += f" ({' | '.join(about['choices'])})" if about["choices"] else ""
         meaning += f" [{about['unit']}]" if about["unit"] else ""
         shown = value if isinstance(value, str) and value else _toml_value(value)
-        head = f"  {'--' + name.replace('_', '-'):<27} {shown:<13} {about['paper'] or '-':<14} "
-        if len(head) > len(indent):  # a long path: the meaning starts on the next line
+        head = f"  {'--' + name.replace('_', '-'):<27} {shown:<13} "
+        if len(head) > 44:  # a long path: the columns behind it start on the next line
             lines.append(head.rstrip())
-            head = indent
+            head = " " * 44
+        head += f"{about['paper'] or '-':<14} "
         lines += textwrap.wrap(meaning, width, initial_indent=head, subsequent_indent=indent)
     return "\n".join(lines)

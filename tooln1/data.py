@@ -15,12 +15,11 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from tooln1.errors import UserError, atomic_write, exit_on_user_error
+from tooln1.errors import UserError, atomic_write, check_writable, exit_on_user_error
 from tooln1.jsonl import field, is_deep, kind_of, parse_json, read_rows, shown
 from tooln1.order import IRRELEVANT, EpochOrder, split
 from tooln1.prompt import XLAM_SYSTEM, build_messages
@@ -326,6 +325,7 @@ def prepare(args: argparse.Namespace) -> dict:
     """Convert, filter, split and write train.jsonl, heldout.jsonl and report.json; returns the report."""
     if not (args.xlam or args.toolace):
         raise UserError("nothing to convert: pass --xlam FILE, --toolace FILE or both")
+    out = check_writable(args.out, "--out")
     conversions = []
     if args.xlam:
         conversions.append(convert_xlam(args.xlam, args.keep_no_call))
@@ -338,8 +338,8 @@ def prepare(args: argparse.Namespace) -> dict:
 
         examples, too_long = drop_long(examples, load_tokenizer(args.tokenizer), args.max_prompt_tokens)
     if not examples:
-        dropped = "; ".join(f"{reason}: {count}" for c in conversions for reason, count in c.dropped.items())
-        raise UserError(f"no example is left, nothing was written ({dropped}; too long: {too_long or 0})")
+        dropped = [f"{reason}: {count}; " for c in conversions for reason, count in c.dropped.items()]
+        raise UserError(f"no example is left, nothing was written ({''.join(dropped)}too long: {too_long or 0})")
     sides = split(examples, args.seed, args.held_out)
     sides = [add_irrelevance(side, args.irrelevance, args.seed) for side in sides]
     raw = Counter()
@@ -360,8 +360,8 @@ def prepare(args: argparse.Namespace) -> dict:
         "deviations": list(DEVIATIONS),
     }
     for name, side in zip(("train.jsonl", "heldout.jsonl"), sides, strict=True):
-        write_examples(side, Path(args.out) / name)
-    with atomic_write(Path(args.out) / "report.json") as file:
+        write_examples(side, out / name)
+    with atomic_write(out / "report.json") as file:
         file.write(json.dumps(report, indent=2) + "\n")
     return report
 

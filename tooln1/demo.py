@@ -24,7 +24,7 @@ from tokenizers import AddedToken
 
 from tooln1.data import Example, write_examples
 from tooln1.demo_tools import FAMILIES, TOOLS, VALUES
-from tooln1.errors import UserError, atomic_write, exit_on_user_error
+from tooln1.errors import UserError, atomic_write, check_writable, exit_on_user_error
 from tooln1.model import parse_config, random_model, save_model
 from tooln1.prompt import THINK_INSTRUCTION, TOOLS_SECTION, XLAM_SYSTEM, format_reply
 from tooln1.tokenizer import load_tokenizer
@@ -306,6 +306,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="init-model: the tokenizer's folder")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed must be at least 0 and below 2**63, not {args.seed}.")
+    check_writable(args.out, "--out")
     if args.what == "data":
         write_data(args.out, args.seed)
     elif args.what == "tokenizer":

@@ -44,6 +44,7 @@ class World:
     size: int
     device: torch.device
     lifeline: Lifeline | None = None  # to the other processes; None where there are none
+    job: dist.Store | None = None  # torchrun's own store, which outlives its restarts; None without one
 
     @property
     def main(self) -> bool:
@@ -96,6 +97,15 @@ class World:
             raise UserError(failures[0])
         return done
 
+    def remember(self, what: str) -> None:
+        """Note, for the next start of this job if torchrun restarts it, that `what` is so."""
+        if self.job and self.main:
+            self.job.set(f"tooln1/{what}", "so")
+
+    def remembers(self, what: str) -> bool:
+        """Whether an earlier start of this job noted `what`."""
+        return self.from_main(bool(self.main and self.job and self.job.check([f"tooln1/{what}"])))
+
     def note(self, doing: str) -> None:
         """Say what this process turns to, for the words of others when something goes wrong."""
         if self.lifeline:
@@ -109,21 +119,24 @@ def launch(device: str = "auto", timeout: int = 1800) -> Iterator[World]:
     `device` is "auto" (a GPU where there is one), "cpu" or "cuda". `timeout`: seconds that a process waits for the
     others in a collective. Raises UserError where the device is not to be had. A process that dies ends the others.
     """
-    where, rank, size = _device(device), _from_torchrun("RANK", 0), _from_torchrun("WORLD_SIZE", 1)
-    backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-    limit = timedelta(seconds=timeout)
-    store = _store(rank, limit) if "RANK" in os.environ else dist.HashStore()
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-    lifeline = connect(rank, _from_rank_0) if size > 1 else None
+    rank, size = _from_torchrun("RANK", 0), _from_torchrun("WORLD_SIZE", 1)
+    limit, lifeline = timedelta(seconds=timeout), None
     try:
-        yield World(rank, size, where, lifeline)
+        where = _device(device)
+        job, store = _stores(rank, limit) if "RANK" in os.environ else (None, dist.HashStore())
+        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        lifeline = connect(rank, _from_rank_0) if size > 1 else None
+        yield World(rank, size, where, lifeline, job)
+        _leave(lifeline)
     except BaseException as error:
-        if size == 1 or isinstance(error, Stopped):
+        if isinstance(error, Stopped):
             _leave(lifeline)
-        elif lifeline and isinstance(error, Exception):
-            _explain(error, lifeline, timeout)
+        elif size > 1 and isinstance(error, Exception):
+            _explain(error, rank, lifeline, timeout)
+        elif dist.is_initialized():
+            dist.destroy_process_group()
         raise
-    _leave(lifeline)
 
 
 def _device(name: str) -> torch.device:
@@ -154,20 +167,20 @@ def _from_torchrun(name: str, alone: int) -> int:
     return int(value)
 
 
-def _store(rank: int, limit: timedelta) -> dist.Store:
-    """Where the processes of this start of the job find each other.
+def _stores(rank: int, limit: timedelta) -> tuple[dist.Store | None, dist.Store]:
+    """(torchrun's store, or None; the one in which the processes of this start of the job find each other).
 
-    Rank 0 keeps it, and says where in torchrun's own store. That one outlives torchrun's restarts (--max-restarts), and
+    Rank 0 keeps the latter, and says where in the former. That one outlives torchrun's restarts (--max-restarts), and
     the addresses that dead processes left in it would mislead their successors; a dead store refuses the connection.
     """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = os.environ["MASTER_ADDR"], _from_torchrun("MASTER_PORT", 0)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return dist.TCPStore(host, port, is_master=rank == 0, timeout=limit, wait_for_workers=False)
+        return None, dist.TCPStore(host, port, is_master=rank == 0, timeout=limit, wait_for_workers=False)
     torchruns = dist.TCPStore(host, port, is_master=False, timeout=limit)
     if rank == 0:
         own = dist.TCPStore(host, 0, is_master=True, timeout=limit, wait_for_workers=False)
         torchruns.set("tooln1", str(own.port))
-        return own
+        return torchruns, own
     until = time.monotonic() + limit.total_seconds()
     while True:
         try:
@@ -177,7 +190,7 @@ def _store(rank: int, limit: timedelta) -> dist.Store:
                 raise
         else:
             found.set_timeout(limit)
-            return found
+            return torchruns, found
 
 
 def _from_rank_0(value: T) -> T:
@@ -188,28 +201,30 @@ def _from_rank_0(value: T) -> T:
 
 def _leave(lifeline: Lifeline | None) -> None:
     """End in good order: together, because one that hangs up while others still talk would bring them down."""
+    dist.barrier()
     if lifeline:
         lifeline.leave()
-    dist.barrier()
     dist.destroy_process_group()
 
 
-def _explain(error: Exception, lifeline: Lifeline, timeout: int) -> None:
+def _explain(error: Exception, rank: int, lifeline: Lifeline | None, timeout: int) -> None:
     """Tell the other processes why this one ends, and the user what a process alone cannot know.
 
     The process group is left as it is: to take it down could wait for the others.
     """
     if isinstance(error, UserError):
-        if lifeline.rank == 0:
+        if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        if not lifeline.fail(str(error)) and lifeline.rank:
-            print(f"error: rank {lifeline.rank}: {error}", file=sys.stderr, flush=True)
+        if not (lifeline and lifeline.fail(str(error))) and rank:
+            print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         error.told = True
+        return
+    if lifeline is None:
         return
     lifeline.wait_for_news()  # if it failed because another process is lost, this one ends in here
     if isinstance(error, RuntimeError) and "timed out" in str(error).lower():
         error.add_note(
-            f"rank {lifeline.rank} waited {timeout} s for another process in vain. {lifeline.whereabouts()}. If they "
+            f"rank {rank} waited {timeout} s for another process in vain. {lifeline.whereabouts()}. If they "
             "are only slow, raise collective_timeout; else one of them hangs (py-spy dump --pid shows where)."
         )
     traceback.print_exception(error)  # now: once the others know, this process may be ended at any time

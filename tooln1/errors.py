@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -34,12 +34,12 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run an entry point, and end it with the exit code that its failure has.
 
     2: a `UserError`, whose sentence goes to stderr; 128 + n: stopped by signal n (130: Ctrl-C); 1, with a traceback:
-    anything else. What is wrong before the processes of a job meet is wrong in all of them: rank 0 speaks.
+    anything else. Of what is wrong with the command line, which all processes of a job share, one on each node speaks.
     """
     try:
         main()
     except UserError as error:
-        if not error.told and os.environ.get("RANK", "0") == "0":
+        if not error.told and os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
@@ -123,16 +123,18 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def clear_up(folder: Path) -> list[str]:
-    """Undo what a killed process left in `folder`: one that was set aside comes back, half-written things go.
+def clear_up(folder: Path, names: Iterable[str]) -> list[str]:
+    """Undo what a killed process left in `folder` of things that the functions above write there under `names` (globs).
 
-    Returns the names that went.
+    One that was set aside comes back, half-written ones go. Returns the names of those that went.
     """
-    for leftover in folder.glob(".*.old"):
-        place = folder / leftover.name[1 : -len(".old")]
-        if not place.exists():  # killed between the two renames of `put_in_place`
-            os.replace(leftover, place)
-    leftovers = sorted([*folder.glob(".*.tmp"), *folder.glob(".*.old")])
+    for name in names:
+        for leftover in folder.glob(f".{name}.old"):
+            place = folder / leftover.name[1 : -len(".old")]
+            if not place.exists():  # killed between the two renames of `put_in_place`
+                os.replace(leftover, place)
+    patterns = [pattern for name in names for pattern in (f".{name}.tmp", f".{name}.*.tmp", f".{name}.old")]
+    leftovers = sorted({leftover for pattern in patterns for leftover in folder.glob(pattern)})
     for leftover in leftovers:
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)

@@ -71,7 +71,7 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an exception means that memory, of the GPU or of the host, did not suffice."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    words = ("CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "not enough memory", "can't allocate memory")
+    words = ("out of memory", "ALLOC_FAILED", "not enough memory", "can't allocate memory")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 

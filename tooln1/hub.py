@@ -26,8 +26,8 @@ def local_directory(path: str | Path, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # offline, gated, misspelled: the hub's own classes differ between versions
+        reason = f"{type(error).__name__}: {error}".split(". ")[0].split("\n")[0][:200]
         raise UserError(
-            f"{name!r}: no such directory here, and the hub did not give it ({error}). "
-            "Check the spelling, log in with `hf auth login` if it is gated, or download it and name the "
-            "directory."
+            f"{name!r}: no such directory here, and the hub did not give it ({reason}); check the spelling, log in "
+            "with `hf auth login` if it is gated, or download it and name its directory."
         ) from error

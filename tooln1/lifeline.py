@@ -47,10 +47,13 @@ class Lifeline:
             self._send(0, {"doing": doing})
 
     def leave(self) -> None:
-        """Say that this process ends in good order."""
-        self.ending.set()
+        """Say that this process ends in good order; rank 0 goes last, so that nobody misses it."""
         if self.rank:
+            self.ending.set()
             self._send(0, {"left": True})
+            return
+        self._wait_for_all()
+        self.ending.set()
 
     def fail(self, sentence: str) -> bool:
         """Say why this process ends; returns whether rank 0 says the same, so that it need not be printed again.
@@ -63,15 +66,19 @@ class Lifeline:
             self._send(0, {"failed": sentence})
             self.answered.wait(2 * PATIENCE)
             return self.said_there
-        until = time.monotonic() + PATIENCE
-        while len(self.ended) < len(self.sockets) and time.monotonic() < until:
-            time.sleep(0.02)
+        self._wait_for_all()
         for rank in list(self.sockets):
             if rank in self.ended:
                 self._send(rank, {"same": self.ended[rank] == sentence})
             else:
                 self._send(rank, {"gone": 0, "why": ""})  # this one has said why itself
         return False
+
+    def _wait_for_all(self) -> None:
+        """On rank 0: until all others have said that they end, for a while."""
+        until = time.monotonic() + PATIENCE
+        while len(self.ended) < len(self.sockets) and time.monotonic() < until:
+            time.sleep(0.02)
 
     def wait_for_news(self) -> None:
         """After an error that a lost process may have caused: if one is lost, this process ends in here."""
@@ -92,33 +99,39 @@ class Lifeline:
         while True:
             for peer in [key.fileobj for key, _ in selector.select()]:
                 if peer is server:
-                    peer, _ = server.accept()
-                    _keep_alive(peer)
-                    selector.register(peer, selectors.EVENT_READ)
-                    rest[peer] = b""
+                    with suppress(OSError):  # it hung up again, or there is no room for more
+                        peer, _ = server.accept()
+                        _keep_alive(peer)
+                        selector.register(peer, selectors.EVENT_READ)
+                        rest[peer] = b""
                     continue
                 data = _receive(peer)
                 *lines, rest[peer] = (rest[peer] + data).split(b"\n")
                 for message in map(_read, lines):
                     if peer in rank_of:
                         self._hear(rank_of[peer], message)
-                    elif message.get("token") == token:
+                    elif message.get("token") == token and isinstance(message.get("rank"), int):
                         rank_of[peer] = message["rank"]
                         self.sockets[message["rank"]] = peer
                 if not data or (peer not in rank_of and len(rest[peer]) > 1000):
                     selector.unregister(peer)
                     peer.close()
                     if peer in rank_of and rank_of[peer] not in self.ended:
-                        self._lost(rank_of[peer], KILLED)
+                        self._lost(rank_of[peer], KILLED + self._last(rank_of[peer]))
+
+    def _last(self, rank: int) -> str:
+        """Where `rank` was last seen, in words."""
+        what, when = self.doing.get(rank, ("", 0.0))
+        return f"; it was last seen in {what}, {time.monotonic() - when:.0f} s ago" if what else ""
 
     def _hear(self, rank: int, message: dict) -> None:
         if "doing" in message:
-            self.doing[rank] = message["doing"], time.monotonic()
+            self.doing[rank] = str(message["doing"]), time.monotonic()
         elif "left" in message:
             self.ended[rank] = ""
         elif "failed" in message:
-            self.ended[rank] = message["failed"]
-            threading.Thread(target=self._answer, args=(rank, message["failed"]), daemon=True).start()
+            self.ended[rank] = str(message["failed"])
+            threading.Thread(target=self._answer, args=(rank, self.ended[rank]), daemon=True).start()
 
     def _answer(self, rank: int, failure: str) -> None:
         """Give rank 0 a moment to fail of the same; then end the job for what `rank` says."""
@@ -196,20 +209,19 @@ def connect(rank: int, share: Callable[[Any], Any]) -> Lifeline | None:
 
 
 def _server(host: str) -> socket.socket:
-    """A listening socket: on this machine only where the whole job is, else on all its addresses."""
-    try:
-        alone = socket.gethostbyname(host).startswith("127.")
-    except OSError:
-        alone = False
-    if not alone and socket.has_dualstack_ipv6():
+    """A listening socket: at the address of `host` where the whole job is on one machine, else at all addresses."""
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-    return socket.create_server(("127.0.0.1" if alone else "", 0), backlog=1024)
+    return socket.create_server(("", 0), backlog=1024)
 
 
 def _keep_alive(peer: socket.socket) -> None:
-    """Notice within half a minute when the machine at the other end is gone."""
+    """Notice within half a minute when the machine at the other end is gone, whether something is under way or not."""
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+    for name, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 30_000)):
         if hasattr(socket, name):
             peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 

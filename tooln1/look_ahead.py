@@ -13,6 +13,7 @@ from tooln1.data import Example
 from tooln1.distributed import World
 from tooln1.errors import UserError
 from tooln1.memory import device_bytes, estimate, host_bytes, table
+from tooln1.metrics import tensorboard_writer
 from tooln1.model_config import ModelConfig
 from tooln1.preflight import (
     Finding,
@@ -61,6 +62,8 @@ def _seen(
 ) -> list[Finding]:  # fmt: skip
     """The findings of all checks; prints a prompt, and with `check` the memory table and the findings."""
     supervised, cuda, think = settings["mode"] == "sft", world.device.type == "cuda", settings["think"]
+    if settings["tensorboard"]:
+        tensorboard_writer()
     plain = [one[0] for one in examples] if supervised else examples
     replies = [len(tokenizer.encode(reply)) for _, reply in examples] if supervised else [settings["max_reply_tokens"]]
     group, context = 1 if supervised else settings["group_size"], config.raw.get("max_position_embeddings")
@@ -82,7 +85,8 @@ def _seen(
     found = [
         *schedule(len(examples), processes=world.size,
                   **some("prompts_per_step", "prompts_per_minibatch", "epochs", "steps")),
-        *lengths(longest, max(replies), group, settings["tokens_per_microbatch"], context),
+        *lengths(longest, max(replies), group, settings["tokens_per_microbatch"], context,
+                 0 if supervised else settings["rollout_cache_tokens"]),
         *stop_ids(tokenizer, config.vocab_size),
         *template(tokenizer, plain, think, settings["reward"], supervised),
         *leaks(plain, held_out),

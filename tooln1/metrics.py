@@ -285,19 +285,24 @@ def _pick(rows: Sequence[dict[str, Any]], indices: Iterable[int], count: int, si
     return [index for _, _, index in sorted(keys)[:count]]
 
 
+def tensorboard_writer() -> type:
+    """torch's SummaryWriter. Raises UserError where the package that it needs is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "tensorboard is on, but the package is not installed; pip install -r requirements-extra.txt, "
+            "or set tensorboard to false."
+        ) from None
+    return SummaryWriter
+
+
 class TensorBoardLog:
     """The metrics as TensorBoard scalars in a folder; the package is needed only when one is made."""
 
     def __init__(self, folder: str | os.PathLike, first_step: int):
         """What the folder holds from `first_step` on is hidden. UserError where the package is missing."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "tensorboard is on, but the package is not installed; pip install -r requirements-extra.txt, "
-                "or set tensorboard to false."
-            ) from None
-        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+        self._writer = tensorboard_writer()(str(folder), purge_step=first_step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write the finite values of a step."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tooln1.errors import UserError, atomic_write, exit_on_user_error
+from tooln1.errors import UserError, atomic_write, check_writable, exit_on_user_error
 from tooln1.metrics import read_jsonl
 
 INK, FAINT = "#333333", "#dddddd"
@@ -182,6 +182,9 @@ def save_figure(drawing: Any, path: Path) -> None:
     if kind not in kinds:
         ending = f"the ending {path.suffix}" if path.suffix else "a name without an ending"
         raise UserError(f"--out {path}: {ending} names no image format; take .png or .svg.")
+    check_writable(path.parent, "--out")
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder; name a file in it.")
     with atomic_write(path, "wb") as file:
         drawing.savefig(file, format=kind, dpi=160, facecolor="white")
 
@@ -190,8 +193,9 @@ def main(argv: list[str] | None = None) -> None:
     """Read the runs and draw them."""
     parser = argparse.ArgumentParser("python -m tooln1.plot", description="Draw the curves of some runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run directory, or its metrics.jsonl")
-    parser.add_argument("--out", type=Path, help="image to write (.png, .svg, .pdf); default: RUN/curves.png")
-    parser.add_argument("--text", action="store_true", help="print sparklines instead; needs no matplotlib")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--out", type=Path, help="image to write (.png, .svg, .pdf); default: RUN/curves.png")
+    where.add_argument("--text", action="store_true", help="print sparklines instead; needs no matplotlib")
     options = parser.parse_args(argv)
     runs = read_runs(options.runs)
     if options.text:

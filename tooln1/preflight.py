@@ -193,12 +193,13 @@ def longest_prompt(tokenizer: Tokenizer, examples: Iterable[Example], think: boo
 
 
 def lengths(
-    longest: int, max_reply_tokens: int, group_size: int, tokens_per_microbatch: int, context: int | None
-) -> list[Finding]:
-    """The `longest` prompt and its replies, in tokens, against the model's context and the micro-batch.
+    longest: int, max_reply_tokens: int, group_size: int, tokens_per_microbatch: int, context: int | None,
+    cache_tokens: int = 0,
+) -> list[Finding]:  # fmt: skip
+    """The `longest` prompt and its replies, in tokens, against the model's context, the micro-batch and the cache.
 
     context: max_position_embeddings, None where config.json does not say. mode sft: group_size 1, and the longest
-    reply there is.
+    reply there is. cache_tokens: rollout_cache_tokens, 0 where it is not set.
     """
     sequence, found = longest + max_reply_tokens, []
     if context and longest >= context:
@@ -210,6 +211,10 @@ def lengths(
                 f"of {context}, which it was never trained for; lower max_reply_tokens to {context - longest}, or "
                 "max_prompt_tokens.")  # fmt: skip
         found.append(Finding("warning", "lengths", text))
+    if 0 < cache_tokens < sequence:
+        text = (f"a prompt and its reply may have {sequence} tokens, rollout_cache_tokens is {cache_tokens}: it would "
+                f"stop the run; raise it to {sequence + 16} or more, or lower max_reply_tokens.")  # fmt: skip
+        found.append(Finding("error", "lengths", text))
     if sequence > tokens_per_microbatch:
         text = (f"one reply and its prompt may have {sequence} tokens, tokens_per_microbatch is "
                 f"{tokens_per_microbatch}: such a one is computed whole, and may not fit into memory; raise "

@@ -63,7 +63,7 @@ class Config:
     collective_timeout: int = setting(1800, "longest that a process waits for the others", "seconds", "", "[1, 1e6]")
     device: str = setting("auto", "where to compute; auto: on CUDA where there is one",
                           choices=("auto", "cpu", "cuda"))
-    threads: int = setting(0, "CPU threads of a process; 0: torch's own choice", "threads", "", "[0, inf)")
+    threads: int = setting(0, "CPU threads of a process; 0: torch's own choice", "threads", "", "[0, 4096]")
     tensorboard: bool = setting(False, "write TensorBoard files too (needs requirements-extra.txt)")
 
     model: str = setting("Qwen/Qwen2.5-7B-Instruct", "Hugging Face folder or hub id to start from", "",
@@ -74,26 +74,26 @@ class Config:
     eval_data: str = setting("", "held-out examples; empty: no evaluation", is_path=True)
     think: bool = setting(True, "ask for <think> ... </think> before the calls", "", "true")
     max_prompt_tokens: int = setting(4096, "longer prompts are left out, and counted", "tokens", "4096",
-                                     "[1, inf)")
+                                     "[1, 1e9]")
 
-    epochs: int = setting(7, "passes over train_data (not used when steps is set)", "epochs", "7", "[0, inf)",
+    epochs: int = setting(7, "passes over train_data (not used when steps is set)", "epochs", "7", "[0, 1e6]",
                           section="schedule")
-    steps: int = setting(0, "rollout steps to train; 0: epochs decide", "steps", "", "[0, inf)")
-    prompts_per_step: int = setting(1024, "examples of a step", "prompts", "1024", "[1, inf)")
-    group_size: int = setting(5, "replies sampled for each prompt", "replies", "5", "[1, inf)")
-    prompts_per_minibatch: int = setting(256, "examples of an optimizer step", "prompts", "256", "[1, inf)")
+    steps: int = setting(0, "rollout steps to train; 0: epochs decide", "steps", "", "[0, 1e6]")
+    prompts_per_step: int = setting(1024, "examples of a step", "prompts", "1024", "[1, 1e9]")
+    group_size: int = setting(5, "replies sampled for each prompt", "replies", "5", "[1, 1e9]")
+    prompts_per_minibatch: int = setting(256, "examples of an optimizer step", "prompts", "256", "[1, 1e9]")
     tokens_per_microbatch: int = setting(30720, "most tokens in a forward pass of one process; a matter of "
-                                         "memory and speed only", "tokens", "30720", "[1, inf)")
+                                         "memory and speed only", "tokens", "30720", "[1, 1e9]")
 
     temperature: float = setting(0.7, "divides the logits, in the sampler and in every log-prob", "", "0.7",
                                  "(0, inf)", section="rollout")
     top_p: float = setting(1.0, "sample among the likeliest tokens up to this probability; 1: off", "", "1",
                            "(0, 1]")
-    top_k: int = setting(0, "sample among so many likeliest tokens; 0: off", "tokens", "off", "[0, inf)")
-    max_reply_tokens: int = setting(8192, "a longer reply is cut off there", "tokens", "8192", "[1, inf)")
-    rollout_rows: int = setting(0, "most replies sampled at once; 0: all, on CUDA 512", "replies", "", "[0, inf)")
+    top_k: int = setting(0, "sample among so many likeliest tokens; 0: off", "tokens", "off", "[0, 1e9]")
+    max_reply_tokens: int = setting(8192, "a longer reply is cut off there", "tokens", "8192", "[1, 1e9]")
+    rollout_rows: int = setting(0, "most replies sampled at once; 0: all, on CUDA 512", "replies", "", "[0, 1e9]")
     rollout_cache_tokens: int = setting(0, "key/value cache of the sampler; 0: what the replies can need, at most "
-                                        "a third of the memory free at the first step", "tokens", "", "[0, inf)")
+                                        "a third of the memory free at the first step", "tokens", "", "[0, 1e9]")
 
     reward: str = setting("binary", "how a reply is scored", "", "binary", section="reward",
                           choices=REWARD_NAMES)
@@ -122,7 +122,7 @@ class Config:
     weight_decay: float = setting(0.01, "AdamW's decoupled weight decay", "", "0.01", "[0, inf)")
     max_grad_norm: float = setting(1.0, "larger gradients are scaled down to this norm", "", "1", "(0, inf)")
     max_bad_steps: int = setting(5, "non-finite optimizer steps in a row (each is skipped, its batch written to "
-                                 "skipped/) that stop the run", "optimizer steps", "", "[1, inf)")
+                                 "skipped/) that stop the run", "optimizer steps", "", "[1, 1e9]")
 
     activation_checkpointing: str = setting("auto", "recompute each layer in the backward pass: less memory, about "
                                             "a third more work; auto: from a billion parameters on", "", "on",
@@ -134,22 +134,22 @@ class Config:
     offload_optimizer: bool = setting(False, "keep the policy's shards, gradients and Adam state there (CUDA)")
     compile: bool = setting(False, "torch.compile what stands beside the attention in each layer of the policy")
     logprob_chunk_tokens: int = setting(1024, "tokens whose logits are in memory at once", "tokens", "",
-                                        "[1, inf)")
+                                        "[1, 1e9]")
 
     eval_every: int = setting(10, "evaluate on eval_data and eval_bench every so many steps; 0: only at the end",
-                              "steps", "10", "[0, inf)", section="evaluation_and_saving")
+                              "steps", "10", "[0, 1e9]", section="evaluation_and_saving")
     eval_bench: str = setting("", "a benchmark to evaluate on too, NAME=PATH as eval.py takes it; empty: none")
-    eval_rows: int = setting(0, "evaluate on the first so many examples; 0: all", "examples", "", "[0, inf)")
+    eval_rows: int = setting(0, "evaluate on the first so many examples; 0: all", "examples", "", "[0, 1e9]")
     eval_before_training: bool = setting(False, "evaluate the starting model too", "", "false")
     save_every: int = setting(10, "write a checkpoint every so many steps; 0: only at the end", "steps", "10",
-                              "[0, inf)")
-    keep_checkpoints: int = setting(2, "newest checkpoints that are kept", "checkpoints", "", "[1, inf)")
+                              "[0, 1e9]")
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept", "checkpoints", "", "[1, 1e9]")
     keep_every: int = setting(0, "keep the checkpoints of every so many steps for good; 0: none", "steps", "",
-                              "[0, inf)")
+                              "[0, 1e9]")
     max_failed_saves: int = setting(3, "failed attempts in a row to write a checkpoint (one after each step) that stop "
-                                    "the run", "attempts", "", "[1, inf)")
+                                    "the run", "attempts", "", "[1, 1e9]")
     log_rollouts: int = setting(4, "best replies, and as many of the worst, written to rollouts.jsonl a step",
-                                "replies", "", "[0, inf)")
+                                "replies", "", "[0, 1e9]")
 # fmt: on
 
 
@@ -227,9 +227,9 @@ def _is_within(value: float, interval: str) -> bool:
 def _range_words(interval: str) -> str:
     low, high = interval[1:-1].split(", ")
     words = f"above {low}" if interval[0] == "(" else f"at least {low}"
-    if high != "inf":
-        words += f" and below {high}" if interval[-1] == ")" else f" and at most {high}"
-    return words
+    if high == "inf":
+        return f"{words} and finite"
+    return words + (f" and below {high}" if interval[-1] == ")" else f" and at most {high}")
 
 
 def validate(config: Config) -> None:
