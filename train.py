@@ -12,10 +12,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from tooln1 import weights
 from tooln1.batch import PackedBatch, minibatch_rows, pack, plan
 from tooln1.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, set_aside
 from tooln1.config import allowed_changes, load_config, refuse_changes, to_toml
@@ -28,14 +30,14 @@ from tooln1.grpo import group_advantages, loss_total
 from tooln1.interrupt import StopRequest
 from tooln1.look_ahead import look_ahead
 from tooln1.metrics import Metrics, RunLog, progress
-from tooln1.model import Transformer, read_config, save_model
+from tooln1.model import Transformer, model_files, read_config, save_model
 from tooln1.model_config import pair_cost
 from tooln1.order import fingerprint
 from tooln1.prompt import build_messages
 from tooln1.reply_metrics import add_reply_metrics, add_sampler_gap, add_sampler_stats
 from tooln1.rewards import REWARDS
 from tooln1.rollout import Rollout, Sampler
-from tooln1.run_dir import CHECKPOINTS, claimed, find_checkpoint
+from tooln1.run_dir import CHECKPOINTS, claimed, find_checkpoint, is_in, refuse_other_contents
 from tooln1.settings import Config, resolved
 from tooln1.sft import demonstrations, read_pairs
 from tooln1.tokenizer import Tokenizer, load_tokenizer
@@ -219,15 +221,25 @@ def train(config: Config, world: World) -> None:
         run = build(config, world, tokenizer, examples, benches, notes, turn_to)
         if checkpoint:
             resume(run, checkpoint)
-        if world.main:
-            with atomic_write(run_dir / "config.toml") as file:
-                file.write(to_toml(replace(config, resume="", allow_changes="", check=False)))
-        completed = run.done if checkpoint else None
-        log = RunLog(run_dir, run.steps, completed=completed, tensorboard=config.tensorboard, write=world.main)
+        log = world.together(lambda: open_logs(run), f"{run_dir} cannot be written to")
+        if run.saved < run.done:
+            save(run, log)  # of a checkpoint from elsewhere: from now on this directory has one of its own
         with run.request:
             run_steps(run, log)
         export(run)
         log.close()
+
+
+def open_logs(run: Run) -> RunLog:
+    """The run's settings and logs in its directory, where it begins, or goes on, to write from now on."""
+    config, world, run_dir = run.config, run.world, Path(run.config.run_dir)
+    if world.main:
+        with atomic_write(run_dir / "config.toml") as file:
+            file.write(to_toml(replace(config, resume="", allow_changes="", check=False)))
+    completed = run.done or None
+    log = RunLog(run_dir, run.steps, completed=completed, tensorboard=config.tensorboard, write=world.main)
+    world.remember(str(run_dir.absolute()))  # a restart by torchrun goes on with it
+    return log
 
 
 def run_steps(run: Run, log: RunLog) -> None:
@@ -236,6 +248,7 @@ def run_steps(run: Run, log: RunLog) -> None:
     one_step = rl_step if config.mode == "rl" else sft_step
     synchronize = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
     if config.eval_before_training and not run.done and run.benches:
+        run.turn_to("step 0, eval")
         log.step(0, evaluate(run))
     try:
         for step in range(run.done, run.steps):
@@ -265,7 +278,7 @@ def save(run: Run, log: RunLog, may_fail: bool = False) -> None:
     """Write a checkpoint of the steps done. One that `may_fail` is tried again after the next step, a few times."""
     config, world = run.config, run.world
     run.turn_to(f"step {run.done}, save")
-    notes = run.notes | {"bad_steps": run.bad_steps}
+    notes = run.notes | {"bad_steps": run.bad_steps, "cache_tokens": world.gather([run.sampler.affordable])}
     try:
         world.together(log.flush, "the logs could not be written")
         save_checkpoint(
@@ -285,11 +298,13 @@ def save(run: Run, log: RunLog, may_fail: bool = False) -> None:
 
 def resume(run: Run, checkpoint: Checkpoint) -> None:
     """Fill the run from a checkpoint; later ones in its directory are set aside, because they are written anew."""
-    folder = Path(run.config.run_dir) / CHECKPOINTS
+    folder, notes = Path(run.config.run_dir) / CHECKPOINTS, checkpoint.notes
     load_checkpoint(checkpoint.path, run.policy, run.optimizer, run.world)
     copy_weights(run.policy, run.sampler.model)
-    run.done, run.bad_steps = checkpoint.step, int(checkpoint.notes.get("bad_steps", 0))
-    run.saved = run.done if checkpoint.path.parent.resolve() == folder.resolve() else 0
+    run.done, run.bad_steps = checkpoint.step, notes.get("bad_steps", 0)
+    run.saved = run.done if is_in(checkpoint.path, Path(run.config.run_dir)) else 0
+    if checkpoint.ranks == run.world.size:  # the same cache, so that the same replies are sampled side by side
+        run.sampler.affordable = notes.get("cache_tokens", {run.world.rank: None})[run.world.rank]
     aside = run.world.together(lambda: set_aside(folder, run.done) if run.world.main else [], f"{folder}: renaming")
     if run.world.main:
         print(f"going on from {checkpoint.path}, with step {run.done + 1}")
@@ -313,19 +328,19 @@ def prepare(
 ) -> tuple[Tokenizer, Sequence, list[Bench], dict]:
     """Tokenizer, examples, benches and the notes for checkpoints; UserError where the run cannot work with them."""
     if checkpoint:
-        refuse_changes(checkpoint.notes.get("config", {}), config, str(checkpoint.path))
+        refuse_changes(checkpoint.notes.get("config"), config, str(checkpoint.path), (checkpoint.ranks, world.size))
     tokenizer = load_tokenizer(config.model)
     examples, benches = load_data(config, world, tokenizer)
-    notes = {"config": asdict(config), "data": fingerprint(examples)}
-    if checkpoint and checkpoint.notes.get("data") != notes["data"] and "train_data" not in allowed_changes(config):
-        raise UserError(
-            f"{config.train_data}: its examples, or those that are not too long, are not the ones that "
-            f"{checkpoint.path} was trained on; give those, or allow it with --allow-changes train_data."
-        )
+    frozen = reference_of(config)
+    files = [model_files(path) for path in (config.model, frozen) if path]
+    notes = {"config": asdict(config), "train_data": fingerprint(examples), "model": [*map(weights.fingerprint, files)]}
+    if checkpoint:
+        places = {"train_data": config.train_data, "model": config.model}
+        refuse_other_contents(checkpoint, notes, places, allowed_changes(config))
     held_out = [case.example for bench in benches if bench.name == "heldout" for case in bench.chosen]
-    shape, reference = read_config(config.model), reference_of(config)
+    shape, reference = read_config(config.model), read_config(frozen) if frozen else None
     settings = resolved(config, shape.num_parameters)
-    look_ahead(settings, world, shape, read_config(reference) if reference else None, tokenizer, examples, held_out)
+    look_ahead(settings, world, shape, reference, tokenizer, examples, held_out)
     return tokenizer, examples, benches, notes
 
 
@@ -364,19 +379,13 @@ def reference_of(config: Config) -> str:
 
 def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Sequence, list[Bench]]:
     """The training examples (sft: each with its reply) and what to evaluate on; over-long examples are left out."""
-
-    def fitting(path: str, examples: Sequence) -> tuple[list, int]:
-        try:
-            return drop_long(examples, tokenizer, config.max_prompt_tokens, config.think)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-
+    fitting = partial(drop_long, tokenizer=tokenizer, max_prompt_tokens=config.max_prompt_tokens, think=config.think)
     held_out = read_examples(config.eval_data)[: config.eval_rows or None] if config.eval_data else []
-    held_out, unasked = fitting(config.eval_data, held_out)
+    held_out, unasked = fitting(held_out, where=config.eval_data)
     everything = read_pairs(config.train_data) if config.mode == "sft" else read_examples(config.train_data)
-    kept, dropped = fitting(config.train_data, everything)
+    kept, dropped = fitting(everything, where=config.train_data)
     if not kept:
-        raise UserError(f"{config.train_data}: no example is left (max_prompt_tokens {config.max_prompt_tokens}).")
+        raise UserError(f"{config.train_data}: all prompts are over max_prompt_tokens ({config.max_prompt_tokens}).")
     if world.main:
         print(f"{len(kept)} training examples, {len(held_out)} held out; {dropped} and {unasked} over-long left out")
     benches = [held_out_bench(config.eval_data, held_out)] if held_out else []

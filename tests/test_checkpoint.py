@@ -22,6 +22,7 @@ from tooln1.distributed import World
 from tooln1.errors import UserError, clear_up
 from tooln1.model import load_model
 
+OURS = ("latest", "step-*")
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -119,12 +120,17 @@ def test_what_a_kill_leaves_behind_is_cleared_up(tmp_path):
     (tmp_path / ".step-000002.tmp").mkdir()
     (tmp_path / ".step-000000.removed.tmp").mkdir()
     (tmp_path / ".latest.abc.tmp").write_text("step-")
-    assert unfinished(clear_up(tmp_path)) == ["step-000002"]
+    (tmp_path / ".bashrc.old").write_text("not ours")
+    (tmp_path / ".notes.tmp").write_text("nor this")
+    assert unfinished(clear_up(tmp_path, OURS)) == ["step-000002"]
+    assert (tmp_path / ".bashrc.old").exists() and (tmp_path / ".notes.tmp").exists()
+    (tmp_path / ".bashrc.old").unlink()
+    (tmp_path / ".notes.tmp").unlink()
     assert names(tmp_path) == ["latest", "step-000001"]
     os.replace(tmp_path / "step-000001", tmp_path / ".step-000001.old")
     save(tmp_path, 1, model, optimizer)
     (tmp_path / ".step-000001.old").mkdir()
-    clear_up(tmp_path)
+    clear_up(tmp_path, OURS)
     assert names(tmp_path) == ["latest", "step-000001"] and newest(tmp_path)[0] == "step-000001"
 
 
@@ -134,7 +140,8 @@ def test_later_ones_are_set_aside(tmp_path):
         for step in (1, 2, 3):
             save(tmp_path, step, model, optimizer)
         moved = set_aside(tmp_path, 1)
-    assert moved == ["step-000002.set-aside-2", "step-000003.set-aside-2"]
+    assert moved == ["step-000003.set-aside-2", "step-000002.set-aside-2"]
+    assert (tmp_path / "latest").read_text() == "step-000001\n"
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-000001"]
     assert newest(tmp_path) == ("step-000001", [])
 

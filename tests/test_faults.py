@@ -3,6 +3,7 @@
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,17 @@ def test_torchrun_restarts_from_the_last_checkpoint(place):
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in wanted], abs=1e-5)
 
 
+def test_a_restart_does_not_take_up_a_run_of_another_job(place):
+    """What the first start refuses, the second refuses as well: nothing of the other run is touched."""
+    other = run(place, "other-job", steps=2, save_every=1)
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    job = Torchrun(place, "other-job", flags=("--max-restarts=1",), steps=4)
+    code, _, text = job.end(120)
+    assert code and text.count("error: ") - text.count("rank 1: ") >= 2
+    assert "already holds a run" in text and "going on from" not in text
+    assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
+
+
 def test_a_mistake_of_all_processes_is_told_once(place):
     job = Torchrun(place, "mistaken", "--train-data", "nowhere.jsonl", steps=2)
     code, seconds, text = job.end()
@@ -167,7 +179,7 @@ def test_a_signal_saves_what_is_done(place, processes, number):
     job.wait_for_text("step      2/")
     job.process.send_signal(number)
     code, seconds, text = job.end()
-    assert seconds < 20 and "Traceback" not in text.split("SignalException")[0].replace("Traceback", "", processes - 1)
+    assert seconds < 20 and text.count("Traceback") == processes - 1  # torchrun's own
     assert code == (128 + number if processes == 1 else 1), text
     done = len(measured(place / name / "metrics.jsonl"))
     assert f"stopped after step {done} of 100000; --resume auto" in text
@@ -273,7 +285,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(place, pro
 
 
 def test_a_full_disk(place, tmp_path):
-    """A real one: a file system of 400 kB, which holds one checkpoint of 300 kB."""
+    """A real one: a file system of 600 kB, which holds one checkpoint of 300 kB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True).returncode:
@@ -325,14 +337,56 @@ def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(place, caps
         finally:
             train.save = save
     assert "step-000002.set-aside" in capsys.readouterr().out
-    run(place, "rewound", steps=4, save_every=1, keep_checkpoints=9, resume="auto")  # from step 1, not from the abandoned step 4
+    run(place, "rewound", steps=4, save_every=1, keep_checkpoints=9, resume="auto")  # not from the abandoned step 4
     assert measured(whole / "metrics.jsonl") == before
     with pytest.raises(UserError, match="already holds another run"):
         run(place, "undone", steps=1)
         run(place, "undone", steps=4, resume=str(oldest))
-    branch = run(place, "branch", steps=4, resume=str(oldest))
+    with pytest.raises(ZeroDivisionError):  # killed in its first step: it has a checkpoint of its own already
+        train.rl_step, step = lambda *args: 1 / 0, train.rl_step
+        try:
+            run(place, "branch", steps=4, resume=str(oldest))
+        finally:
+            train.rl_step = step
+    assert (place / "branch/checkpoints/latest").read_text() == "step-000001\n"
+    branch = run(place, "branch", steps=4, resume="auto")
     assert [row["step"] for row in measured(branch / "metrics.jsonl")] == [2, 3, 4]
     assert measured(branch / "metrics.jsonl") == before[1:]
+
+
+def test_old_checkpoints_alone_are_a_run_too(place):
+    folder = run(place, "no-logs", steps=2, save_every=1)
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="already holds a run"):
+        run(place, "no-logs", steps=1)
+
+
+def test_what_a_power_cut_made_of_the_end_of_a_log_is_cut_off(place):
+    whole = run(place, "power", steps=3, save_every=2)
+    before = measured(whole / "metrics.jsonl")
+    lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (whole / "metrics.jsonl").write_text("".join(lines[:2]) + "\0" * 500 + "\n" + lines[2])
+    shutil.rmtree(whole / "checkpoints/step-000003")
+    run(place, "power", steps=3, save_every=2, resume="auto")
+    assert measured(whole / "metrics.jsonl") == before
+    (whole / "metrics.jsonl").write_text(lines[0] + "\0" * 500 + "\n" + lines[2])  # a line that is needed
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        run(place, "power", steps=3, resume="auto")
+
+
+def test_other_weights_or_another_tokenizer_at_the_same_place_are_noticed(place, tmp_path):
+    run(place, "swapped", steps=1)
+    shutil.copytree(place / "model", tmp_path / "moved")
+    go_on = dict(resume="auto", steps=2)
+    run(place, "swapped", model=str(tmp_path / "moved"), **go_on)  # the same model elsewhere
+    tiny.write_model(tmp_path / "another", seed=1)
+    for file in ("model.safetensors", "tokenizer_config.json"):
+        shutil.copytree(place / "model", tmp_path / file)
+        text = (tmp_path / "another/model" / file).read_bytes()
+        (tmp_path / file / file).write_bytes(text.replace(b"<|im_end|>\\n", b"<|im_end|>\\n\\n"))
+        with pytest.raises(UserError, match="does not hold what .*--allow-changes model"):
+            run(place, "swapped", model=str(tmp_path / file), resume="auto", steps=3)
+    run(place, "swapped", model=str(tmp_path / "model.safetensors"), resume="auto", steps=3, allow_changes="model")
 
 
 def test_a_half_written_checkpoint_is_passed_over_and_named(place, capsys):
@@ -372,7 +426,7 @@ def test_changed_settings_are_refused_by_name_unless_allowed(place, tmp_path):
         run(place, "changed", kl_coef=0.5, allow_changes="kl_cof", **go_on)
     other = tmp_path / "data.jsonl"
     other.write_text((place / "data.jsonl").read_text().replace("Add 3 ", "Sum 3 "))
-    with pytest.raises(UserError, match="are not the ones that .*--allow-changes train_data"):
+    with pytest.raises(UserError, match="data.jsonl does not hold what .*--allow-changes train_data"):
         run(place, "changed", train_data=str(other), **go_on)
     same = tmp_path / "moved.jsonl"
     same.write_text((place / "data.jsonl").read_text())

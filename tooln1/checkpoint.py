@@ -230,7 +230,10 @@ def _read_index(checkpoint: Path) -> dict:
     index = json.loads((checkpoint / INDEX).read_text(encoding="utf-8"))
     if index["format"] != 1 or not all(type(index[key]) is int for key in ("step", "adam_step", "ranks")):
         raise ValueError("it is of another version of this program")
-    if len(index["files"]) != index["ranks"] or not isinstance(index["notes"], dict):
+    notes = index["notes"]
+    known = isinstance(notes, dict) and isinstance(notes.get("bad_steps", 0), int)
+    known &= isinstance(notes.get("cache_tokens", []), list)
+    if len(index["files"]) != index["ranks"] or not known:
         raise ValueError("its parts do not belong together")
     return index
 
@@ -271,8 +274,8 @@ def load_checkpoint(path: Path, policy: Transformer, optimizer: torch.optim.Opti
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(
-        f"{path}: cannot be resumed from ({error!r}). Is it of this model? Name another checkpoint with "
-        "--resume DIR, or start anew in another run directory."
+        f"{path}: cannot be resumed from ({type(error).__name__}: {error}). Is it of this model? Name another "
+        "checkpoint with --resume DIR, or start anew in another run directory."
     )
 
 

@@ -216,12 +216,13 @@ def allowed_changes(config: Config) -> set[str]:
     return {_known(name.strip(), "allow_changes") for name in config.allow_changes.split(",") if name.strip()}
 
 
-def refuse_changes(before: dict[str, Any], now: Config, where: str) -> None:
+def refuse_changes(before: Any, now: Config, where: str, processes: tuple[int, int]) -> None:
     """Raise UserError where a run that goes on has other settings than before, of those that shape its weights.
 
     before: settings by name, as `where` holds them; names that this version lacks do not count. `now.allow_changes`
-    names the settings that may differ.
+    names the settings that may differ. processes: how many there were, and are.
     """
+    before = before if isinstance(before, dict) else {}
     free = MAY_CHANGE - ({"steps", "epochs"} if now.lr_schedule != "constant" or now.warmup_ratio else set())
     free -= {"tokens_per_microbatch"} if now.loss_aggregation == "microbatch_token_mean" else set()
     known = {name: checked(name, value, where) for name, value in before.items() if name in SETTINGS}
@@ -232,6 +233,12 @@ def refuse_changes(before: dict[str, Any], now: Config, where: str) -> None:
         raise UserError(
             f"{where} was written with other settings: {listed}. Set them back, or allow the change with "
             f"--allow-changes {','.join(refused)}."
+        )
+    packed = now.loss_aggregation == "microbatch_token_mean" and "loss_aggregation" not in allowed_changes(now)
+    if packed and processes[0] != processes[1]:
+        raise UserError(
+            f"{where} was written by {processes[0]} processes (now {processes[1]}), which changes what "
+            "loss_aggregation microbatch_token_mean gives; use as many, or --allow-changes loss_aggregation."
         )
 
 

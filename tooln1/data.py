@@ -279,12 +279,12 @@ class ChatTokenizer(Protocol):
 
 def drop_long(
     examples: Sequence[Example | tuple[Example, str]], tokenizer: ChatTokenizer, max_prompt_tokens: int,
-    think: bool = True,
+    think: bool = True, where: str = "",
 ) -> tuple[list, int]:  # fmt: skip
     """(examples whose rendered prompt has at most `max_prompt_tokens` tokens, number of the others).
 
-    Pairs (example, reply to imitate) go by their example. Raises UserError, naming the example, where the chat
-    template refuses it.
+    Pairs (example, reply to imitate) go by their example. Raises UserError, naming `where` and the example, where the
+    chat template refuses it.
     """
     kept = []
     for one in tqdm(examples, desc="prompt lengths", unit="prompt", disable=None):
@@ -292,7 +292,7 @@ def drop_long(
         try:
             prompt = tokenizer.render(build_messages(example, think), add_generation_prompt=True)
         except UserError as error:
-            raise UserError(f"example {shown(example.id)}: {error}") from error
+            raise UserError(f"{where + ', ' if where else ''}example {shown(example.id)}: {error}") from error
         short = len(prompt.encode()) <= max_prompt_tokens  # a token is a byte at least: no need to count
         if short or len(tokenizer.encode(prompt)) <= max_prompt_tokens:
             kept.append(one)

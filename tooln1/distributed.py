@@ -120,6 +120,8 @@ def launch(device: str = "auto", timeout: int = 1800) -> Iterator[World]:
     others in a collective. Raises UserError where the device is not to be had. A process that dies ends the others.
     """
     rank, size = _from_torchrun("RANK", 0), _from_torchrun("WORLD_SIZE", 1)
+    if not rank < size:
+        raise UserError(f"RANK is {rank}, but WORLD_SIZE {size}: a rank is below it; start with torchrun.")
     limit, lifeline = timedelta(seconds=timeout), None
     try:
         where = _device(device)

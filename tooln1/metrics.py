@@ -219,9 +219,12 @@ class JsonlLog:
         os.fsync(self._file.fileno())
 
     def truncate_after(self, step: int) -> None:
-        """Take away, in one move, the lines whose "step" is above `step`: a resumed run writes them again."""
+        """Take away, in one move, the lines whose "step" is above `step`: a resumed run writes them again.
+
+        So are lines behind that of `step` which a power cut has made unreadable.
+        """
         self._file.close()
-        kept = [record for record in read_jsonl(self.path) if not _is_after(record.get("step"), step)]
+        kept = [record for record in read_jsonl(self.path, enough=step) if not _is_after(record.get("step"), step)]
         with atomic_write(self.path) as file:
             file.writelines(to_json(record) + "\n" for record in kept)
         self._file = self._open()
@@ -235,9 +238,10 @@ def _is_after(value: Any, step: int) -> bool:
     return isinstance(value, int | float) and value > step
 
 
-def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+def read_jsonl(path: str | os.PathLike, enough: int | None = None) -> list[dict[str, Any]]:
     """The objects of a log file. A last line without its newline, cut off by a crash, is left out.
 
+    enough: behind a line of this "step" or a later one, unreadable lines end the reading instead of being an error.
     Raises `UserError` for a file that cannot be read and for any other line that is not a JSON object.
     """
     try:
@@ -252,6 +256,8 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
+            if enough is not None and rows and _is_after(rows[-1].get("step"), enough - 1):
+                break
             raise UserError(f"{path}, line {number} is not JSON: {error}.") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number} is not a JSON object; is this the log of a run?")

@@ -278,3 +278,9 @@ def save_model(model: Transformer, path: str | Path, dtype: torch.dtype | None =
         for name in ["generation_config.json", *TOKENIZER_FILES]:
             if model.source is not None and (model.source / name).exists():
                 shutil.copyfile(model.source / name, directory / name)
+
+
+def model_files(path: str | Path) -> list[Path]:
+    """The files of a model directory or hub id that make the model and its tokenizer."""
+    directory = local_directory(path, MODEL_FILES)
+    return [file for pattern in MODEL_FILES for file in directory.glob(pattern)]

@@ -77,6 +77,7 @@ class Sampler:
         self.page_size = page_size or (128 if self.cuda else 32)
         self.prefill_tokens = prefill_tokens or (16384 if self.cuda else 2048)
         self.cache_tokens, self.memory_share = cache_tokens, memory_share
+        self.affordable: int | None = None  # tokens of cache that memory allows; known from the first call on
         self.flex = self.cuda  # decode with FlexAttention, in graphs
         self.lookahead = int(self.cuda)  # steps launched before the tokens of the last one are looked at
         self.cache: PagedCache | None = None
@@ -242,7 +243,9 @@ class Sampler:
         if self.cache_tokens:
             wanted = self.cache_tokens // size
         elif self.cache is None or (wanted > self.cache.pages and not self.cuda):
-            free = int(self.memory_share * _free_bytes(self.device)) // (token_bytes * size)
+            if self.affordable is None:
+                self.affordable = int(self.memory_share * _free_bytes(self.device)) // token_bytes
+            free = self.affordable // size
             wanted = min(wanted, free // 256 * 256 if self.cuda else free)  # round: a known shape is compiled already
         if self.cache is None or (wanted > self.cache.pages and not self.cuda):
             self.graphs.clear()

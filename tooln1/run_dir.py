@@ -8,26 +8,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tooln1.checkpoint import Checkpoint, choose, complete_checkpoints, faults_of, read_checkpoint, unfinished
+from tooln1.checkpoint import (
+    LATEST,
+    Checkpoint,
+    choose,
+    complete_checkpoints,
+    faults_of,
+    read_checkpoint,
+    unfinished,
+)  # fmt: skip
 from tooln1.distributed import World
 from tooln1.errors import UserError, check_writable, clear_up
 
 CHECKPOINTS = "checkpoints"
+WRITTEN = ("config.toml", "metrics.jsonl", "rollouts.jsonl", "hf")  # beside them
 
 
 def find_checkpoint(run_dir: Path, resume: str, world: World) -> Checkpoint | None:
-    """The checkpoint that `resume` asks for ("": none, "auto": the newest whole one, else its path); changes nothing.
+    """The checkpoint to go on from, None to begin with the first step; changes nothing.
 
-    None: the run begins with its first step. A process that torchrun has restarted goes on from the newest, whatever
-    the command line says. Rank 0 says what is passed over, and why. Raises UserError where there is no such
-    checkpoint, where none of those there is whole, and for a directory that another run has written to.
+        resume    the directory is new           it has logs or checkpoints
+        ""        None                           refused
+        "auto"    None                           the newest whole one; none at all: None; none whole: refused
+        a path    that one, if it is whole       that one, if it is of this directory; else refused
+
+    Where torchrun has restarted a job that had begun to write here, the newest counts, whatever the command line says.
+    Rank 0 says what is passed over, and why. What is refused is a UserError.
     """
     folder, say = run_dir / CHECKPOINTS, print if world.main else lambda *words: None
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (complete_checkpoints(folder) or not resume):
+    there = world.from_main([path.name for path in complete_checkpoints(folder)])
+    used = world.from_main((run_dir / "metrics.jsonl").exists()) or there
+    restarted = world.remembers(str(run_dir.absolute()))
+    if restarted and (there or not resume):
         resume = "auto"
-    has_logs = world.from_main((run_dir / "metrics.jsonl").exists())
     if not resume:
-        if has_logs:
+        if used:
             raise UserError(f"{run_dir} already holds a run: go on with --resume, or choose another --run-dir.")
         return None
     if resume == "auto":
@@ -36,19 +51,36 @@ def find_checkpoint(run_dir: Path, resume: str, world: World) -> Checkpoint | No
             say(f"passed over: {'; '.join(skipped)}")
         if path:
             return read_checkpoint(path)
-        if complete_checkpoints(folder):
+        if there:
             raise UserError(f"{folder}: no checkpoint is whole; start anew in another --run-dir, or restore one.")
         say(f"no checkpoint in {folder}: beginning with step 1")
         return None
     path = Path(resume)
     if not path.is_dir():
-        others = ", ".join(other.name for other in complete_checkpoints(folder)) or "none"
-        raise UserError(f"{path}: there is no such checkpoint; {folder} has {others}.")
-    if has_logs and path.resolve().parent != folder.resolve():
+        raise UserError(f"{path}: there is no such checkpoint; {folder} has {', '.join(there) or 'none'}.")
+    if used and not restarted and not is_in(path, run_dir):
         raise UserError(f"{run_dir} already holds another run than {path} is of: choose another --run-dir.")
     if faults := faults_of(path, world):
         raise UserError(f"{path} is not whole: {faults[0]}. Name another, or let --resume auto choose.")
     return read_checkpoint(path)
+
+
+def refuse_other_contents(checkpoint: Checkpoint, notes: dict, places: dict[str, str], allowed: set[str]) -> None:
+    """Raise UserError where a fingerprint in `notes` is not the checkpoint's.
+
+    places: setting -> the file or folder it names, of those whose contents count; allowed: settings that may differ.
+    """
+    for name, place in places.items():
+        if checkpoint.notes.get(name) != notes[name] and name not in allowed:
+            raise UserError(
+                f"{place} does not hold what {checkpoint.path} was made with: other examples (or others are too long), "
+                f"other weights or another tokenizer; give those, or allow it with --allow-changes {name}."
+            )
+
+
+def is_in(checkpoint: Path, run_dir: Path) -> bool:
+    """Whether a checkpoint is one of this directory's own."""
+    return checkpoint.resolve().parent == (run_dir / CHECKPOINTS).resolve()
 
 
 @contextmanager
@@ -59,13 +91,15 @@ def claimed(run_dir: Path, world: World) -> Iterator[None]:
     nothing comes to stand in it, it is gone again afterwards.
     """
     lock = None
+    made = [parent for parent in run_dir.absolute().parents if not os.path.exists(parent)]
 
     def prepare() -> None:
         nonlocal lock
         check_writable(run_dir, "run_dir")
         (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         lock = _lock(run_dir)
-        for name in unfinished(clear_up(run_dir) + clear_up(run_dir / CHECKPOINTS)):
+        clear_up(run_dir, WRITTEN)
+        for name in unfinished(clear_up(run_dir / CHECKPOINTS, (LATEST, "step-*"))):
             print(f"passed over, and removed: {name} (writing it was not finished)")
 
     world.together(prepare if world.main else lambda: None, f"{run_dir} cannot be written to")
@@ -75,12 +109,12 @@ def claimed(run_dir: Path, world: World) -> Iterator[None]:
             raise UserError(f"{run_dir}: not seen by rank {world.rank}; {where}.")
         yield
     finally:
-        if lock is not None:
-            os.close(lock)
         if world.main:
             with suppress(OSError):  # it is not empty
-                (run_dir / CHECKPOINTS).rmdir()
-                run_dir.rmdir()
+                for folder in (run_dir / CHECKPOINTS, run_dir, *made):
+                    folder.rmdir()
+        if lock is not None:
+            os.close(lock)
 
 
 def _lock(run_dir: Path) -> int | None:

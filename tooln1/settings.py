@@ -179,14 +179,14 @@ def _sections() -> dict[str, str]:
 
 SECTION_OF = _sections()
 
-# A run may go on with other values of these: they change its weights by rounding at most. (The number of steps counts
-# only where the learning rate depends on it; of the data, their content counts: see config.refuse_changes.)
+# A run may go on with other values of these: they change what it learns by rounding at most. The number of steps counts
+# where the learning rate depends on it (config.refuse_changes); of models and data, what is in the files (train.py).
 # fmt: off
 MAY_CHANGE = frozenset((
-    "run_dir", "resume", "allow_changes", "check", "collective_timeout", "device", "threads", "tensorboard",
-    "train_data", "steps", "epochs", "tokens_per_microbatch", "rollout_rows", "rollout_cache_tokens",
-    "activation_checkpointing", "accumulate_whole", "offload_reference", "offload_optimizer", "compile",
-    "logprob_chunk_tokens", "max_bad_steps", "eval_data", "eval_every", "eval_bench", "eval_rows",
+    "run_dir", "resume", "allow_changes", "check", "collective_timeout", "device", "threads", "tensorboard", "model",
+    "reference_model", "train_data", "steps", "epochs", "tokens_per_microbatch", "rollout_rows",
+    "rollout_cache_tokens", "activation_checkpointing", "accumulate_whole", "offload_reference", "offload_optimizer",
+    "compile", "logprob_chunk_tokens", "max_bad_steps", "eval_data", "eval_every", "eval_bench", "eval_rows",
     "eval_before_training", "save_every", "keep_checkpoints", "keep_every", "max_failed_saves", "log_rollouts",
 ))
 # fmt: on

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from tooln1.errors import UserError
 from tooln1.jsonl import parse_json, read_text, shown
 
 SHARD_BYTES = 5 * 10**9
+BLOCK, BLOCKS = 1 << 16, 256  # bytes, and how many such blocks of a file tell it from another
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")  # integers, and floats of 8 bits, mean something only with scales
 
@@ -144,3 +146,18 @@ def write_weights(state: dict[str, Tensor], directory: Path, dtype: torch.dtype)
         total = sum(tensor.numel() * dtype.itemsize for tensor in state.values())
         index = {"metadata": {"total_size": total}, "weight_map": file_of}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """A hash of a model's files, where they exist: small ones whole, of large ones the size and blocks all over it."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        if not file.is_file():
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as handle:
+            for start in range(0, size, max(BLOCK, size // BLOCKS)):
+                handle.seek(start)
+                digest.update(handle.read(BLOCK))
+    return digest.hexdigest()[:16]
