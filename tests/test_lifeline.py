@@ -119,6 +119,10 @@ def test_the_environment_must_be_torchruns(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="WORLD_SIZE is not set, but others of it are; start with"), launch("cpu"):
         pass
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("MASTER_ADDR", "head")  # as job scripts have it
+    with launch("cpu") as world:
+        assert world.size == 1
     monkeypatch.setattr(os, "environ", dict(os.environ, RANK="x", WORLD_SIZE="2", MASTER_ADDR="a", MASTER_PORT="1"))
     with pytest.raises(UserError, match="RANK is 'x'"), launch("cpu"):
         pass

@@ -162,8 +162,9 @@ def _device(name: str) -> torch.device:
 def _from_torchrun(name: str, alone: int) -> int:
     """A number that torchrun sets in the environment of its processes; `alone` without it."""
     value, needed = os.environ.get(name, str(alone)), ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [other for other in needed if other not in os.environ]
-    if not value.isdecimal() or 0 < len(missing) < len(needed):
+    started = "RANK" in os.environ or "WORLD_SIZE" in os.environ  # job scripts export the other two for later
+    missing = [other for other in needed if other not in os.environ and started]
+    if not value.isdecimal() or missing:
         wrong = f"{name} is {value!r}" if not value.isdecimal() else f"{missing[0]} is not set, but others of it are"
         raise UserError(f"the environment is not torchrun's: {wrong}; start with torchrun, or unset all of it.")
     return int(value)
