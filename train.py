@@ -168,8 +168,9 @@ def update(
         if run.bad_steps >= config.max_bad_steps:
             raise UserError(
                 f"{run.bad_steps} optimizer steps in a row had a loss or gradient that is not finite; the run stops at "
-                f"step {step + 1}. Their batches are in {file.parent}; lower learning_rate ({config.learning_rate}), "
-                "or look at what they hold."
+                f"step {step + 1}. Their batches are in {file.parent}. If the weights were ruined before, go on from a "
+                f"checkpoint before the first of them: --resume DIR, learning_rate below {config.learning_rate}, "
+                "--allow-changes learning_rate."
             )
     metrics.add_mean("loss", result.loss)
     metrics.add_mean("grad_norm", result.grad_norm)
@@ -283,7 +284,7 @@ def save(run: Run, log: RunLog, may_fail: bool = False) -> None:
         world.together(log.flush, "the logs could not be written")
         save_checkpoint(
             Path(config.run_dir) / CHECKPOINTS, run.done, run.policy, run.optimizer, world, notes,
-            config.keep_checkpoints, config.keep_every,
+            0 if run.bad_steps else config.keep_checkpoints, config.keep_every,  # the older may be needed again
         )  # fmt: skip
     except UserError as error:
         run.failed_saves += 1
@@ -301,13 +302,14 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
     folder, notes = Path(run.config.run_dir) / CHECKPOINTS, checkpoint.notes
     load_checkpoint(checkpoint.path, run.policy, run.optimizer, run.world)
     copy_weights(run.policy, run.sampler.model)
-    run.done, run.bad_steps = checkpoint.step, notes.get("bad_steps", 0)
+    run.done, run.bad_steps = checkpoint.step, 0 if run.config.allow_changes else notes.get("bad_steps", 0)
     run.saved = run.done if is_in(checkpoint.path, Path(run.config.run_dir)) else 0
     if checkpoint.ranks == run.world.size:  # the same cache, so that the same replies are sampled side by side
         run.sampler.affordable = notes.get("cache_tokens", {run.world.rank: None})[run.world.rank]
     aside = run.world.together(lambda: set_aside(folder, run.done) if run.world.main else [], f"{folder}: renaming")
     if run.world.main:
-        print(f"going on from {checkpoint.path}, with step {run.done + 1}")
+        steps = f"with step {run.done + 1}" if run.done < run.steps else f"whose {run.done} steps are all there are"
+        print(f"going on from {checkpoint.path}, {steps}")
         if aside:
             print(f"set aside, because this run writes these steps anew: {', '.join(aside)}")
 
@@ -328,7 +330,8 @@ def prepare(
 ) -> tuple[Tokenizer, Sequence, list[Bench], dict]:
     """Tokenizer, examples, benches and the notes for checkpoints; UserError where the run cannot work with them."""
     if checkpoint:
-        refuse_changes(checkpoint.notes.get("config"), config, str(checkpoint.path), (checkpoint.ranks, world.size))
+        say, processes = print if world.main else lambda words: None, (checkpoint.ranks, world.size)
+        refuse_changes(checkpoint.notes.get("config"), config, str(checkpoint.path), processes, say)
     tokenizer = load_tokenizer(config.model)
     examples, benches = load_data(config, world, tokenizer)
     frozen = reference_of(config)

@@ -100,12 +100,24 @@ def test_a_process_that_hangs_is_told_from_one_that_is_slow(place):
     stopped = job.workers()[1]
     os.kill(stopped, signal.SIGSTOP)
     start = time.monotonic()
-    job.wait_for_text("rank 0 waited 3 s for another process in vain. rank 0: step ", seconds=20)
+    job.wait_for_text("error: rank 0: it waited 3 s for another process in vain. rank 0 (process ", seconds=20)
     assert time.monotonic() - start > 2.5
     job.wait_for_text("closing signal SIGTERM")
     os.kill(stopped, signal.SIGKILL)  # torchrun would give it 30 seconds
     code, _, text = job.end()
-    assert code and "raise collective_timeout" in text
+    assert code and "raise collective_timeout" in text and f"(process {stopped} on " in text
+    assert "Traceback" not in text.split("closing signal")[0]
+
+
+def test_processes_end_when_torchrun_is_killed(place):
+    job = Torchrun(place, "orphans", **ENDLESS)
+    job.wait_for_text("step      2/")
+    workers = job.workers()
+    os.kill(job.process.pid, signal.SIGKILL)
+    until = time.monotonic() + 15
+    while any(os.path.exists(f"/proc/{pid}/status") for pid in workers) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert time.monotonic() < until and "torchrun is gone, and so this process ends" in job.text()
 
 
 def test_torchrun_restarts_from_the_last_checkpoint(place):
@@ -237,7 +249,7 @@ def test_a_second_signal_is_obeyed_at_once():
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode == 128 + signal.SIGTERM and time.monotonic() - start < 25
     assert result.stdout.split() == ["False", "True", "True"]
-    assert "once more: at once" in result.stderr and "stops at once" in result.stderr
+    assert "a second signal stops at once" in result.stderr and "stops at once" in result.stderr
 
 
 def test_signals_are_as_before_afterwards():
@@ -479,7 +491,7 @@ def test_steps_that_are_not_finite_are_skipped_kept_and_end_the_run(place, monke
     start = weights(run(place, "finite", steps=1, learning_rate=1e-12))
     monkeypatch.setitem(train.REWARDS, "binary", lambda text, answer: float("nan") if "a" in text.lower() else 1.0)
     how = dict(steps=9, max_bad_steps=3, eval_every=0, save_every=1)
-    with pytest.raises(UserError, match=r"3 optimizer steps in a row .* stops at step 2. .*skipped; lower"):
+    with pytest.raises(UserError, match=r"3 optimizer steps in a row .* stops at step 2. .*skipped. If the weights"):
         run(place, "nan", **how)
     rows = read_jsonl(place / "nan/metrics.jsonl")
     assert [row["skipped_steps"] for row in rows] == [2] and rows[0]["loss"] is None

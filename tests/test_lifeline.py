@@ -57,7 +57,7 @@ def test_strangers_are_not_listened_to(hub):
         stranger.socket.close()
     known = Peer(port, 1)
     known.say(doing="step 1, rollout")
-    soon(lambda: "rank 1: step 1, rollout" in lifeline.whereabouts())
+    soon(lambda: "): step 1, rollout" in lifeline.whereabouts())
     time.sleep(0.1)
     assert not ends and lifeline.ended == {}
 

@@ -273,8 +273,8 @@ def numbers(examples, **changes):
 
 
 def test_the_schedule_says_what_divides_what():
-    only(numbers(100), "ok", "21 steps of 32", "mini-batches of 16", "8 processes", "7 epochs of 3", "without 4 of")
-    only(numbers(100, steps=4, processes=1), "ok", "4 steps", "1 process;", "1.33 epochs")
+    only(numbers(100), "ok", "21 steps of 32", "mini-batches of 16", "8 processes", "7.0 passes", "(4 of the 100")
+    only(numbers(100, steps=4, processes=1), "ok", "4 steps", "1 process:", "1.3 passes")
     only(numbers(31), "error", "prompts_per_step is 32", "31 training examples")
     only(numbers(100, prompts_per_minibatch=10), "error", "(10) does not divide prompts_per_step (32)")
     found = numbers(100, processes=20)

@@ -101,7 +101,7 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
         there = complete_checkpoints(directory)
         good = f"The last good one is {there[-1].name}" if there else "There is none before it"
-        raise UserError(f"{error} {good}; make room or mend the folder.") from error
+        raise UserError(f"{error} {good}; make room or mend the folder, then --resume.") from error
     return final
 
 

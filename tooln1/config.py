@@ -14,7 +14,7 @@ import shutil
 import sys
 import textwrap
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -216,11 +216,13 @@ def allowed_changes(config: Config) -> set[str]:
     return {_known(name.strip(), "allow_changes") for name in config.allow_changes.split(",") if name.strip()}
 
 
-def refuse_changes(before: Any, now: Config, where: str, processes: tuple[int, int]) -> None:
+def refuse_changes(
+    before: Any, now: Config, where: str, processes: tuple[int, int], say: Callable[[str], None] = print
+) -> None:
     """Raise UserError where a run that goes on has other settings than before, of those that shape its weights.
 
     before: settings by name, as `where` holds them; names that this version lacks do not count. `now.allow_changes`
-    names the settings that may differ. processes: how many there were, and are.
+    names the settings that may differ; `say` is told what does. processes: how many there were, and are.
     """
     before = before if isinstance(before, dict) else {}
     free = MAY_CHANGE - ({"steps", "epochs"} if now.lr_schedule != "constant" or now.warmup_ratio else set())
@@ -228,8 +230,14 @@ def refuse_changes(before: Any, now: Config, where: str, processes: tuple[int, i
     known = {name: checked(name, value, where) for name, value in before.items() if name in SETTINGS}
     changed = differences(dataclasses.replace(now, **known), now)
     refused = {name: values for name, values in changed.items() if name not in free | allowed_changes(now)}
+
+    def words(settings: dict[str, tuple[Any, Any]]) -> str:
+        return ", ".join(f"{name} {shown(old)} (now {shown(new)})" for name, (old, new) in settings.items())
+
+    if allowed := {name: values for name, values in changed.items() if name not in free | refused.keys()}:
+        say(f"changed, as allowed: {words(allowed)}")
     if refused:
-        listed = ", ".join(f"{name} {shown(old)} (now {shown(new)})" for name, (old, new) in refused.items())
+        listed = words(refused)
         raise UserError(
             f"{where} was written with other settings: {listed}. Set them back, or allow the change with "
             f"--allow-changes {','.join(refused)}."

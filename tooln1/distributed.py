@@ -26,7 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from tooln1.errors import Stopped, UserError
-from tooln1.lifeline import Lifeline, connect
+from tooln1.lifeline import WAY_ON, Lifeline, connect, end_with_torchrun
 from tooln1.model import Transformer, load_model
 from tooln1.rollout import Rollout, Sampler
 
@@ -128,6 +128,8 @@ def launch(device: str = "auto", timeout: int = 1800) -> Iterator[World]:
         job, store = _stores(rank, limit) if "RANK" in os.environ else (None, dist.HashStore())
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_torchrun()
         lifeline = connect(rank, _from_rank_0) if size > 1 else None
         yield World(rank, size, where, lifeline, job)
         _leave(lifeline)
@@ -226,12 +228,16 @@ def _explain(error: Exception, rank: int, lifeline: Lifeline | None, timeout: in
         return
     lifeline.wait_for_news()  # if it failed because another process is lost, this one ends in here
     if isinstance(error, RuntimeError) and "timed out" in str(error).lower():
-        error.add_note(
-            f"rank {rank} waited {timeout} s for another process in vain. {lifeline.whereabouts()}. If they "
-            "are only slow, raise collective_timeout; else one of them hangs (py-spy dump --pid shows where)."
-        )
-    traceback.print_exception(error)  # now: once the others know, this process may be ended at any time
-    lifeline.fail("".join(traceback.format_exception_only(error)).split("\n")[0])
+        why = f"it waited {timeout} s for another process in vain"
+        print(
+            f"error: rank {rank}: {why}. {lifeline.whereabouts()}. If one is only slow, raise collective_timeout; else "
+            f"it hangs: next time look where, before the time is over (py-spy dump --pid). {WAY_ON}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    else:
+        traceback.print_exception(error)  # now: once the others know, this process may be ended at any time
+        why = "".join(traceback.format_exception_only(error)).split("\n")[0]
+    lifeline.fail(why)
     sys.exit(1)
 
 

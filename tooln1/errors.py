@@ -36,17 +36,26 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     2: a `UserError`, whose sentence goes to stderr; 128 + n: stopped by signal n (130: Ctrl-C); 1, with a traceback:
     anything else. Of what is wrong with the command line, which all processes of a job share, one on each node speaks.
     """
+    code = 0
     try:
         main()
     except UserError as error:
         if not error.told and os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except Stopped as stop:
-        sys.exit(128 + stop.number)
+        code = 128 + stop.number
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # All is done and closed. While the interpreter takes itself down, gloo's threads may still want its lock, and
+        # now and then one of them aborts the process ("terminate called without an active exception").
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from tooln1.distributed import World
 from tooln1.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+WORDS = "stopping where no work is lost, then saving; a second signal stops at once, without saving"
 SAME = 0.5  # seconds: a job manager signals torchrun and its processes, and torchrun passes its own on
 
 
@@ -59,7 +60,7 @@ class StopRequest:
             if not self.number:
                 self.number, self.since = number, now
                 if self.world.main:
-                    os.write(2, f"\n{name}: saving as soon as nothing is lost by it; once more: at once\n".encode())
+                    os.write(2, f"\n{name}: {WORDS}\n".encode())
             elif now - self.since > SAME:
                 os.write(2, f"{name} again: rank {self.world.rank} stops at once\n".encode())
                 os._exit(128 + number)

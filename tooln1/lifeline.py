@@ -20,8 +20,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+PARENT_SECONDS = 1.0  # between two looks whether torchrun is still there
 KILLED = "its process died without a word (killed, or out of memory?)"
 PATIENCE = 2.0  # seconds that processes which fail together wait for each other's words
+PLACE = f"process {os.getpid()} on {socket.gethostname()}"
 WAY_ON = "Go on from the last checkpoint with --resume auto."
 
 
@@ -37,6 +39,7 @@ class Lifeline:
         self.own_failure = ""
         self.ended: dict[int, str] = {}  # on rank 0: the others that said they end, and what they failed of
         self.sockets: dict[int, socket.socket] = {}  # rank 0: to each other rank; there: to rank 0
+        self.places = {rank: PLACE}  # rank -> process and machine; all, on rank 0
 
     # ------------------------------------------------------------------------------------------ the main thread
 
@@ -87,8 +90,10 @@ class Lifeline:
     def whereabouts(self) -> str:
         """What every process (on rank 0), or this one, last said it was doing, in words."""
         now = time.monotonic()
-        parts = [f"rank {rank}: {what}, for {now - when:.0f} s" for rank, (what, when) in sorted(self.doing.items())]
-        return "; ".join(parts)
+        return "; ".join(
+            f"rank {rank} ({self.places.get(rank, '')}): {what}, for {now - when:.0f} s"
+            for rank, (what, when) in sorted(self.doing.items())
+        )
 
     # ---------------------------------------------------------------------------------------- the thread beside it
 
@@ -112,6 +117,7 @@ class Lifeline:
                         self._hear(rank_of[peer], message)
                     elif message.get("token") == token and isinstance(message.get("rank"), int):
                         rank_of[peer] = message["rank"]
+                        self.places[message["rank"]] = str(message.get("place"))
                         self.sockets[message["rank"]] = peer
                 if not data or (peer not in rank_of and len(rest[peer]) > 1000):
                     selector.unregister(peer)
@@ -179,6 +185,19 @@ class Lifeline:
             self.sockets[rank].sendall(json.dumps(message).encode() + b"\n")
 
 
+def end_with_torchrun() -> None:
+    """End this process when torchrun, which started it, is gone: it would train on, in nobody's hands."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_SECONDS)
+        os.write(2, f"torchrun is gone, and so this process ends. {WAY_ON}\n".encode())
+        os._exit(1)
+
+    threading.Thread(target=watch, name="torchrun", daemon=True).start()
+
+
 def connect(rank: int, share: Callable[[Any], Any]) -> Lifeline | None:
     """Join the processes of this job; None where rank 0 cannot be reached (a firewall): the job then goes on without.
 
@@ -201,7 +220,7 @@ def connect(rank: int, share: Callable[[Any], Any]) -> Lifeline | None:
             return None
         lifeline.sockets[0].settimeout(None)
         _keep_alive(lifeline.sockets[0])
-        lifeline._send(0, {"token": told["token"], "rank": rank})
+        lifeline._send(0, {"token": told["token"], "rank": rank, "place": PLACE})
         work, arguments = lifeline._listen, ()
     lifeline.note("starting")
     threading.Thread(target=work, args=arguments, name="lifeline", daemon=True).start()

@@ -51,9 +51,14 @@ def look_ahead(
         for finding in found:
             if finding.level == "warning":
                 print(f"warning: {finding.about}: {finding.text}", file=sys.stderr)
+    if wrong and check:
+        abouts = ", ".join(finding.about for finding in wrong)
+        raise UserError(f"{len(wrong)} of {len(found)} findings, listed above, are to be mended: {abouts}.")
     if wrong:
         more = f" ({len(wrong) - 1} more: train.py --check lists all)" if len(wrong) > 1 else ""
         raise UserError(f"{wrong[0].about}: {wrong[0].text}{more}")
+    if check and world.main:
+        print("\nnothing to mend: this run can start")
 
 
 def _seen(
@@ -95,7 +100,9 @@ def _seen(
         *disk(settings["run_dir"], config.num_parameters, present=present,
               **some("save_every", "keep_checkpoints", "keep_every"), steps=steps, export_bytes=2 if cuda else 4),
     ]  # fmt: skip
-    print(sample(tokenizer, plain[0], think, 3000 if settings["check"] else 600))
+    head, *prompt = sample(tokenizer, plain[0], think).split("\n")
     if settings["check"]:
-        print(table(needed), report(found), sep="\n\n")
+        print(head, *prompt, "", "memory of one process:", table(needed), "", report(found), sep="\n")
+    else:
+        print(f"{head.split(',')[0]}; it ends (--check shows all):", *prompt[-4:], sep="\n")
     return found

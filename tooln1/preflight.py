@@ -247,8 +247,8 @@ def schedule(
             text = f"{name} is {count}: {processes - count} of {processes} processes have nothing to do; raise it."
             found.append(Finding("warning", "schedule", text))
     seen = (f"{total} steps of {prompts_per_step} prompts in mini-batches of {prompts_per_minibatch}, with {processes} "
-            f"process{'es' * (processes > 1)}; they are {total / per_epoch:.3g} epochs of {per_epoch} steps, each "
-            f"without {left_out} of the {examples} examples.")  # fmt: skip
+            f"process{'es' * (processes > 1)}: {total / per_epoch:,.1f} passes over the data, {per_epoch} steps each "
+            f"({left_out} of the {examples} examples do not fill a step).")  # fmt: skip
     return found + [Finding("ok", "schedule", seen)]
 
 

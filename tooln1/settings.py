@@ -249,6 +249,8 @@ def validate(config: Config) -> None:
             f"prompts_per_minibatch ({config.prompts_per_minibatch}) must divide prompts_per_step "
             f"({config.prompts_per_step}), so that all mini-batches of a step are of one size."
         )
+    if config.allow_changes and not config.resume:
+        raise UserError("allow_changes is of use only to a run that goes on: add --resume.")
     if config.epochs == 0 and config.steps == 0:
         raise UserError("epochs and steps are both 0: nothing to train; set one of them to 1 or more.")
     if 0 < config.dual_clip <= 1:
