@@ -1,6 +1,7 @@
 """Java and JavaScript literals as BFCL reads them, oddities included, and how long that takes."""
 
 import json
+import random
 import time
 
 import pytest
@@ -127,3 +128,22 @@ def test_literals_are_read_in_linear_time(read, kind, opening, piece, closing):
     start = time.perf_counter()
     read(text, kind, "integer" if "rray" in kind else None)
     assert time.perf_counter() - start < 5
+
+
+def test_numbers_in_an_array_are_those_that_python_reads():
+    """Which texts are tried is decided by a pattern; none that int() or float() read may be missing from it."""
+
+    def by_python(text: str):
+        for make in (int, float):
+            try:
+                return make(text)
+            except ValueError:
+                pass
+        return text
+
+    rng = random.Random(0)
+    pieces = ["1", "0", "23", "_", ".", "e", "E", "+", "-", "inf", "Infinity", "NaN", "x", "٣", "²"]
+    texts = {"".join(rng.choices(pieces, k=rng.randrange(1, 7))) for _ in range(50_000)}
+    read = {text: javascript_value(f"[{text}]", "array")[0] for text in texts}
+    assert {text: repr(value) for text, value in read.items()} == {text: repr(by_python(text)) for text in texts}
+    assert sum(type(value) is not str for value in read.values()) > 500

@@ -11,11 +11,11 @@ from functools import partial
 from typing import get_args
 
 import pytest
-from fuzz_replies import KIB_64, LIMITS, MB_10, bench_cases, cpu_seconds, fuzz
+from fuzz_replies import KIB_64, LIMITS, MB_10, bench_cases, cpu_seconds, fuzz, marks_of, most_of, slowness
 
 from tooln1.benchmarks.acebench_text import MAX_MARKS, MAX_TEXT, UnreadableText, read_text
 from tooln1.metrics import to_json
-from tooln1.prompt import MAX_JSON_LENGTH, parse_reply
+from tooln1.prompt import MAX_JSON_LENGTH, MAX_JSON_MARKS, parse_reply
 from tooln1.rewards import REWARDS, Fault, fault_of
 
 # ------------------------------------------------------------------------------------------------------ worst cases
@@ -41,13 +41,13 @@ def worst_cases(size: int) -> dict[str, str]:
         return unit * (room // len(unit))
 
     def rows(unit: str) -> str:
-        return f"[{of(unit + ',', block)}{unit}]"
+        return f"[{most_of(unit + ',', block)}{unit}]"
 
     def source(text: str) -> str:
         """A JSON string of such text: a literal of Java or JavaScript, say."""
         return json.dumps(text)
 
-    keys = ", ".join(f'"{number:06}": 0' for number in range(block // 13))
+    keys = ", ".join(f'"{number:06}": 0' for number in range(min(block // 13, MAX_JSON_MARKS - 2000)))
     tags = ("<tool_call>", "</tool_call>", "<think>", "<tool_call", "<|im_start|>assistant", "<")
     bare = {tag: of(tag) for tag in tags} | {
         "empty blocks": of("<tool_call></tool_call>"),
@@ -72,14 +72,14 @@ def worst_cases(size: int) -> dict[str, str]:
         "controls": source("\0" * (block // 6)),
         "a string": source("x" * block),
         "many keys": f"{{{keys}}}",
-        "equal keys": f'{{{of(chr(34) + "a" + chr(34) + ":0,", block)}"a":0}}',
+        "equal keys": f'{{{most_of(chr(34) + "a" + chr(34) + ":0,", block)}"a":0}}',
         "digits": "9" * block,
         "fraction": "0." + "1" * block,
         "exponent": "1e" + "9" * block,
-        "deep lists": of("[", block),
-        "deep objects": of('{"a":', block),
-        "just readable": "[" * 900 + of("[],", block - 1800) + "[]" + "]" * 900,
-        "a block in a string": source(of("[[],", block)),
+        "deep lists": most_of("[", block),
+        "deep objects": most_of('{"a":', block),
+        "just readable": "[" * 900 + most_of("[],", block - 1800) + "[]" + "]" * 900,
+        "a block in a string": source(most_of("[[],", block)),
     }  # fmt: skip
     calls = {
         "calls": reply(rows('{"name":"book","arguments":{}}')),
@@ -135,7 +135,8 @@ def literals(size: int) -> dict[str, str]:
 def literal(place: str, head: str, unit: str, tail: str, size: int) -> str:
     name, key = place.split()
     room = min(size, MAX_JSON_LENGTH) - 600
-    return argument(json.dumps(head + unit * (room // len(json.dumps(unit)[1:-1])) + tail), key, name)
+    written = most_of(json.dumps(unit)[1:-1], room)
+    return argument(json.dumps(head)[:-1] + written + json.dumps(tail)[1:], key, name)
 
 
 def python_texts(size: int) -> dict[str, str]:
@@ -184,7 +185,8 @@ ONLY_OWN = ("bfcl java", "bfcl javascript")  # the rest is as for "bfcl"
 
 
 def slow(names: dict[str, str], reader: str, limit: float) -> dict[str, float]:
-    """The cases over the limit; again where the first time is, lest a garbage collection be taken for it."""
+    """The cases over the limit, which a slow machine stretches; again where the first time is over it, lest a garbage
+    collection be taken for it."""
     read = READERS[reader]
     seconds = {}
     for name, text in names.items():
@@ -193,7 +195,8 @@ def slow(names: dict[str, str], reader: str, limit: float) -> dict[str, float]:
             continue
         start = time.process_time()
         read(text)
-        if time.process_time() - start > limit and (least := cpu_seconds(read, text)) > limit:
+        taken = time.process_time() - start
+        if taken > limit and (least := cpu_seconds(read, text)) > limit and least > limit * slowness():
             seconds[name] = least
     return seconds
 
@@ -221,6 +224,12 @@ def test_64_kib_are_read_in_50_ms(of_64_kib, reader):
 @pytest.mark.parametrize("reader", ["reward", "to_json", "bfcl java", "bfcl javascript", "acebench", "api_bank"])
 def test_10_mb_are_read_in_a_second(of_10_mb, reader):
     assert not slow(of_10_mb, reader, LIMITS["10 MB"])
+
+
+def test_10_mb_are_as_much_as_is_read(of_10_mb):
+    for name, text in of_10_mb.items():
+        assert "than" not in parse_reply(text).detail, name  # longer than, more than: refused by size
+        assert max(len(text) / MAX_JSON_LENGTH, marks_of(text) / MAX_JSON_MARKS) > 0.9, name
 
 
 def test_text_of_too_many_marks_is_refused():

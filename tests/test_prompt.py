@@ -242,9 +242,10 @@ def test_call_blocks_from_left_to_right():
 
 UNREADABLE = {
     "not JSON: .* at character 1": "{",
-    "nested too deeply": "[" * 100_000,
+    "nested too deeply": "[" * 50_000,
     "more digits than Python reads": "9" * 5000,
     "longer than 1048576 characters": " " * (prompt.MAX_JSON_LENGTH + 1),
+    "more than 65536 commas and opening brackets": f"[{'1,' * (prompt.MAX_JSON_MARKS - 1)}{{}}]",
 }
 
 

@@ -8,7 +8,7 @@ Deviations from the released code:
 - earlier calls stand in the history as one JSON list; the released preprocessing encodes them twice;
 - a reply is read by a scan in linear time, and whatever it holds, a `Reply` comes back; the released parser
   raises on a bare number, on integers of more than 4300 digits and on very deep nesting. Call blocks of more
-  than MAX_JSON_LENGTH characters are not read.
+  than MAX_JSON_LENGTH characters or MAX_JSON_MARKS commas and opening brackets are not read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 ASSISTANT_MARKER = "<|im_start|>assistant"
 # What may end a reply decoded with its special tokens: ChatML, then LLaMA-3.
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
-MAX_JSON_LENGTH = 2**20  # characters; 8192 tokens of 128, the longest that Qwen2.5 has
+# What 8192 tokens can hold, by the longest token of Qwen2.5 (128 characters) and that with the most marks (8).
+MAX_JSON_LENGTH = 2**20  # characters
+MAX_JSON_MARKS = 2**16  # "[", "{" and ",", also those in strings; there are about as many values
 
 # The text before the tools section of an xLAM row; a ToolACE row brings its own.
 XLAM_SYSTEM = (
@@ -227,11 +229,13 @@ def read_json(text: str) -> Any:
     """`json.loads` that fails in one way: ValueError with a sentence.
 
     Also for what is no JSONDecodeError: integers over Python's digit limit (4300), nesting over its recursion
-    limit. Text over MAX_JSON_LENGTH is refused unread. NaN and Infinity are read, and of equal keys the last
-    wins, as json.loads does.
+    limit. Text over MAX_JSON_LENGTH or MAX_JSON_MARKS is refused unread. NaN and Infinity are read, and of equal
+    keys the last wins, as json.loads does.
     """
     if len(text) > MAX_JSON_LENGTH:
         raise ValueError(f"longer than {MAX_JSON_LENGTH} characters")
+    if sum(map(text.count, "[{,")) > MAX_JSON_MARKS:
+        raise ValueError(f"more than {MAX_JSON_MARKS} commas and opening brackets")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

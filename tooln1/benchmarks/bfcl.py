@@ -3,7 +3,7 @@
 `load` reads the data of a bfcl-eval installation or a gorilla checkout; the rules are those of bfcl-eval 2026.3.23
 (the checker of the paper's date gives the same verdicts) with the released Tool-N1 handler in front: the first call
 block of a reply counts, and reasoning is not looked for. Deviations: where the official run crashes ("raises:...") or
-hangs, the reply is wrong; call blocks of more than `prompt.MAX_JSON_LENGTH` characters are not read.
+hangs, the reply is wrong; call blocks over the limits of `prompt.read_json` are not read.
 
 Some entries differ from those of the paper's date (CHANGED_SINCE_PAPER), and some nobody can win (NEVER_RIGHT).
 """

@@ -71,13 +71,17 @@ def _unquoted(text: str, quotes: tuple[str, ...] = ('"', "'")) -> str:
     return text[1:-1] if text[:1] in quotes and text[:1] == text[-1:] else text
 
 
-# All that int() and float() read, and little else: a try that fails costs much more than this.
-_PERHAPS_NUMBER = re.compile(r"\s*[+-]?(?:inf|nan|\.?\d[\d_.]*(?:e[+-]?\d[\d_]*)?\s*$)", re.IGNORECASE)
+# What int() and float() read: a try that fails costs much more than this.
+_DIGITS = r"\d++(?:_\d++)*+"
+_PYTHON_NUMBER = re.compile(
+    rf"\s*+[+-]?(?:inf(?:inity)?|nan|(?:{_DIGITS}(?:\.(?:{_DIGITS})?+)?+|\.{_DIGITS})(?:e[+-]?{_DIGITS})?+)\s*+\Z",
+    re.IGNORECASE,
+)
 
 
 def _python_number(text: str) -> Any:
     """What int() or float() make of text, which is more than a literal may be: "1_0", "inf", "1e5"."""
-    if not _PERHAPS_NUMBER.match(text):
+    if not _PYTHON_NUMBER.match(text):
         return text
     for make in (int, float):
         try:
