@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import shared
+from fuzz_replies import slowness
 
 from tooln1.benchmarks import Tally, Verdict, acebench, benchmark, row_by_rule
 from tooln1.benchmarks.acebench import CATEGORIES, TEXT, AceCase, load, score, score_text, totals
@@ -239,7 +240,7 @@ HOSTILE = [
 
 
 def test_hostile_texts_get_a_verdict_soon():
-    case, start = case_with(GOLD), time.perf_counter()
+    case, start = case_with(GOLD), time.process_time()
     for text in HOSTILE:
         for whole in (text, f"[hotel_book(city={text})]"):
             assert not score_text(case, whole).ok
@@ -247,7 +248,7 @@ def test_hostile_texts_get_a_verdict_soon():
         for city in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth, "1" * depth):
             arguments = f'{{"city": {city}, "stay": {{"x": {city}}}}}'
             assert not score(case, f'<tool_call>[{{"name": "hotel_book", "arguments": {arguments}}}]</tool_call>').ok
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 30 * slowness()
 
 
 def test_any_reply_gets_a_verdict():

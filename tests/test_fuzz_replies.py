@@ -4,14 +4,13 @@ import itertools
 import json
 import re
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import get_args
 
 import pytest
-from fuzz_replies import KIB_64, LIMITS, MB_10, bench_cases, cpu_seconds, fuzz, marks_of, most_of, slowness
+from fuzz_replies import KIB_64, LIMITS, MB_10, bench_cases, fuzz, marks_of, most_of, too_long
 
 from tooln1.benchmarks.acebench_text import MAX_MARKS, MAX_TEXT, UnreadableText, read_text
 from tooln1.metrics import to_json
@@ -185,18 +184,14 @@ ONLY_OWN = ("bfcl java", "bfcl javascript")  # the rest is as for "bfcl"
 
 
 def slow(names: dict[str, str], reader: str, limit: float) -> dict[str, float]:
-    """The cases over the limit, which a slow machine stretches; again where the first time is over it, lest a garbage
-    collection be taken for it."""
+    """The cases over the limit, with their CPU seconds."""
     read = READERS[reader]
     seconds = {}
     for name, text in names.items():
         kind = name.split()[0]
         if MEANT_FOR.get(kind, reader) != reader or (reader in ONLY_OWN and kind not in MEANT_FOR):
             continue
-        start = time.process_time()
-        read(text)
-        taken = time.process_time() - start
-        if taken > limit and (least := cpu_seconds(read, text)) > limit and least > limit * slowness():
+        if least := too_long(limit, read, text):
             seconds[name] = least
     return seconds
 

@@ -2,11 +2,11 @@
 
 import gzip
 import json
-import time
 from dataclasses import replace
 
 import pytest
 from conftest import shared
+from fuzz_replies import too_long
 
 from tooln1.prompt import parse_reply
 from tooln1.rewards import REWARDS, RULES, fault_of, match
@@ -206,14 +206,13 @@ def test_an_answer_that_is_no_list_of_calls_is_the_users_to_mend(answer):
 
 
 def test_large_replies_are_scored_fast():
-    values = ",".join(['"x"'] * 1_000_000)
+    values = ",".join(['"x"'] * 60_000)
     texts = {
         "large arguments": reply(f'[{{"name": "clock", "arguments": {{"a": [{values}]}}}}]'),
-        "many calls": reply("[" + ",".join([json.dumps(CLOCK)] * 100_000) + "]"),
+        "many calls": reply("[" + ",".join([json.dumps(CLOCK)] * 10_000) + "]"),
         "long": "<think>" * 1_000_000 + reply([CLOCK]),
     }
     for name, text in texts.items():
-        start = time.perf_counter()
-        value = REWARDS["binary"](text, [CLOCK])
-        assert time.perf_counter() - start < 2, name
-        assert value == (name == "long")
+        assert not too_long(1.0, REWARDS["binary"], text, [CLOCK]), name
+        assert REWARDS["binary"](text, [CLOCK]) == (name == "long")
+        assert parse_reply(text).calls, name

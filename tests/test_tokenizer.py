@@ -13,6 +13,7 @@ import jinja2
 import pytest
 import tokenizers
 from conftest import shared
+from fuzz_replies import slowness
 from hostile_templates import COSTLY, ESCAPES
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
@@ -220,7 +221,7 @@ def test_templates_that_take_too_much_are_refused_soon(tmp_path, name):
     start = time.process_time()
     with pytest.raises(UserError) as caught:
         load_tokenizer(tmp_path).render([dict(MESSAGES[0])])
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 5 * slowness()
     assert str(tmp_path) in str(caught.value) and len(str(caught.value)) < 1000
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import shared
+from fuzz_replies import slowness
 
 from tooln1.toolace import (
     MAX_DEPTH,
@@ -240,14 +241,14 @@ def test_linear_time_on_hostile_text(head):
         "9",
         "x, ",
     )
-    begin = time.perf_counter()
+    begin = time.process_time()
     for part in parts:
         for tail in ("]", "')]"):
             try:
                 parse_calls(head + part * (100_000 // len(part)) + tail, ["f", "a (b)"])
             except CallSyntaxError:
                 continue
-    assert time.perf_counter() - begin < 30
+    assert time.process_time() - begin < 30 * slowness()
 
 
 def test_any_text_gives_calls_or_a_syntax_error():
