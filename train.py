@@ -4,7 +4,7 @@
     python train.py                                     # the embedded demo, on whatever this machine is
     python train.py --help                              # every setting, its unit and the paper's value
 
-One step of rl(), below, is the whole algorithm; the equations are in tooln1/grpo.py.
+`rl_step`, below, is one step of the whole algorithm; the equations are in tooln1/grpo.py.
 """
 
 from __future__ import annotations
