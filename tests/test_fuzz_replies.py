@@ -203,8 +203,9 @@ def of_64_kib() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def of_10_mb() -> dict[str, str]:
-    names = ("<tool_call>", "surrogates", "deep lists in a list as rooms", "just readable as stay", "two keys as stay",
-             "floats as stay", "many keys as stay", "a block in a string as the block")  # fmt: skip
+    names = ("<tool_call>", "empty blocks", "zeros", "surrogates", "deep lists in a list as rooms", "floats as stay",
+             "just readable as stay", "two keys as stay", "many keys as stay",
+             "a block in a string as the block")  # fmt: skip
     cases = worst_cases(MB_10)
     pieces = [("script array", "[", ",", "]"), ("script rows", "[[", "],[", "]]"), ("script dict", "{", "a:,", "}"),
               ("java list", "new ArrayList<>(Arrays.asList(", "],", "))")]  # fmt: skip
