@@ -22,10 +22,10 @@ from tooln1.batch import PackedBatch, minibatch_rows, pack, plan
 from tooln1.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, set_aside
 from tooln1.config import allowed_changes, load_config, refuse_changes, to_toml
 from tooln1.data import EpochOrder, Example, drop_long, read_examples
-from tooln1.distributed import World, copy_weights, launch, load_models, sample_everywhere
+from tooln1.distributed import World, copy_weights, launch, load_models, reshard, sample_everywhere
 from tooln1.errors import Stopped, UserError, atomic_write, check_writable, exit_on_user_error
-from tooln1.evaluation import Asking, Bench, answer, held_out_bench, load_benches, metrics_of
-from tooln1.faults import keep_batch, memory_in_words
+from tooln1.evaluation import Asking, Bench, figures, held_out_bench, load_benches
+from tooln1.faults import keep_batch, memory_in_words, ruined
 from tooln1.grpo import group_advantages, loss_total
 from tooln1.interrupt import StopRequest
 from tooln1.look_ahead import look_ahead
@@ -66,6 +66,7 @@ class Run:
     turn_to: Callable[[str], None]  # takes what the run does next, for the words when something goes wrong
     notes: dict  # goes into every checkpoint: settings, and a fingerprint of the data
     done: int = 0  # steps that are complete
+    intact: bool = True  # whether no optimizer step of the next one was tried: it can be given up
     saved: int = 0  # of them, those that a checkpoint has
     bad_steps: int = 0  # optimizer steps in a row whose loss or gradient was not finite
     failed_saves: int = 0  # attempts in a row to write a checkpoint
@@ -123,7 +124,7 @@ def sft_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
 def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> list[Rollout]:
     """A group of replies to each example, sampled on all ranks and known to all of them afterwards."""
     config = run.config
-    prompts = [prompt_ids(run.tokenizer, example, config.think) for example in examples]
+    prompts = [run.tokenizer.prompt_ids(build_messages(example, config.think)) for example in examples]
     with progress(len(prompts) * config.group_size, "sampling", "replies", run.world.main) as bar:
         return sample_everywhere(
             run.sampler, run.world, prompts, keys=keys, group_size=config.group_size, seed=config.seed, step=step,
@@ -149,7 +150,9 @@ def log_probs(run: Run, batches: list[PackedBatch], metrics: Metrics) -> list[Pa
     """The batches with the log-probs of the policy before the update, and of the reference."""
     config = run.config
     metrics.add_tokens("logprobs", sum(len(batch.tokens) for batch in batches))
-    batches, sums = with_logprobs(batches, run.policy, run.reference, config.temperature, config.logprob_chunk_tokens)
+    batches, sums = with_logprobs(
+        batches, run.policy, run.reference, config.temperature, config.logprob_chunk_tokens, run.request.check
+    )
     metrics.add_means(sums)
     return batches
 
@@ -158,31 +161,24 @@ def update(
     run: Run, batches: list[PackedBatch], rollouts: Sequence[Rollout], total: float, step: int, metrics: Metrics
 ) -> None:
     """One optimizer step on a mini-batch; one whose loss or gradient is not finite is skipped, counted and kept."""
-    config, reduce = run.config, run.world.reduce
+    config, check = run.config, run.request.check if run.intact else lambda: None
     rate = scheduled_rate(step, run.steps, config.learning_rate, config.lr_schedule, config.warmup_ratio)
-    result = optimizer_step(run.policy, run.optimizer, batches, run.loss, total, config.max_grad_norm, rate, reduce)
+    result = optimizer_step(
+        run.policy, run.optimizer, batches, run.loss, total, config.max_grad_norm, rate, run.world.reduce, check
+    )
+    run.intact = False
     run.bad_steps = 0 if result.applied else run.bad_steps + 1
     if not result.applied:
         skipped, name = Path(config.run_dir) / "skipped", f"step-{step + 1:06d}-{run.bad_steps}"
-        file = keep_batch(skipped, name, batches, rollouts, run.tokenizer, run.world, newest=config.max_bad_steps)
+        keep_batch(skipped, name, batches, rollouts, run.tokenizer, run.world, newest=config.max_bad_steps)
         if run.bad_steps >= config.max_bad_steps:
-            raise UserError(
-                f"{run.bad_steps} optimizer steps in a row had a loss or gradient that is not finite; the run stops at "
-                f"step {step + 1}. Their batches are in {file.parent}. If the weights were ruined before, go on from a "
-                f"checkpoint before the first of them: --resume DIR, learning_rate below {config.learning_rate}, "
-                "--allow-changes learning_rate."
-            )
+            raise ruined(run.bad_steps, step + 1, skipped, config.learning_rate)
     metrics.add_mean("loss", result.loss)
     metrics.add_mean("grad_norm", result.grad_norm)
     metrics.add_max("learning_rate", rate)
     metrics.add_sum("skipped_steps", (not result.applied) / run.world.size)
     metrics.add_tokens("update", sum(len(batch.tokens) for batch in batches))
     metrics.add_means(result.sums)
-
-
-def prompt_ids(tokenizer: Tokenizer, example: Example, think: bool) -> list[int]:
-    """The token ids that ask for an example's reply."""
-    return tokenizer.encode(tokenizer.render(build_messages(example, think), add_generation_prompt=True))
 
 
 def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantages: torch.Tensor) -> list[PackedBatch]:
@@ -199,13 +195,8 @@ def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantage
 def evaluate(run: Run) -> dict[str, float]:
     """Greedy figures, as eval.py has them: "heldout_accuracy" (the binary reward), and eval_bench's totals by name."""
     asking = Asking(think=run.config.think, max_reply_tokens=run.config.max_reply_tokens)
-    figures = {}
-    for bench in run.benches:
-        predictions = answer(bench, run.sampler, run.tokenizer, run.world, asking)
-        figures |= metrics_of(bench, predictions, asking.think)
-    if "heldout_overall" in figures:
-        figures["heldout_accuracy"] = figures.pop("heldout_overall")
-    return figures
+    found = figures(run.benches, run.sampler, run.tokenizer, run.world, asking, run.request)
+    return {name.replace("heldout_overall", "heldout_accuracy"): value for name, value in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -248,31 +239,45 @@ def run_steps(run: Run, log: RunLog) -> None:
     config, world = run.config, run.world
     one_step = rl_step if config.mode == "rl" else sft_step
     synchronize = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
-    if config.eval_before_training and not run.done and run.benches:
-        run.turn_to("step 0, eval")
-        log.step(0, evaluate(run))
     try:
+        evaluate_if_due(run, log)
         for step in range(run.done, run.steps):
             run.request.check()
             metrics = Metrics(synchronize, enter=lambda phase, step=step: run.turn_to(f"step {step + 1}, {phase}"))
-            last = step + 1 == run.steps
             with metrics.timer("step"):
                 replies = one_step(run, step, metrics)
-                if run.benches and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
-                    with metrics.timer("eval"):
-                        copy_weights(run.policy, run.sampler.model)
-                        metrics.add_means({name: (value, 1) for name, value in evaluate(run).items()})
             log.step(step + 1, metrics.reduced(world.reduce))
             log.rollouts(step + 1, replies, config.log_rollouts)
-            run.done = step + 1
+            run.done, run.intact = step + 1, True
+            last = run.done == run.steps
             if last or run.failed_saves or (config.save_every and run.done % config.save_every == 0):
                 save(run, log, may_fail=not last)
-    except Stopped:  # here, or in a rollout: the weights are those of the last complete step
+            evaluate_if_due(run, log)
+    except Stopped:  # the weights are those of the last complete step
+        reshard(run.policy)
         if run.done > run.saved:
             save(run, log)
         if world.main:
             print(f"stopped after step {run.done} of {run.steps}; --resume auto goes on from there")
         raise
+
+
+def evaluate_if_due(run: Run, log: RunLog) -> None:
+    """Evaluate where that is due after the steps done, and add the figures to the step's row, if it has none yet.
+
+    The step is complete before: a run that is stopped or killed in here goes on with it.
+    """
+    config, step = run.config, run.done
+    due = step == run.steps or (config.eval_every and step % config.eval_every == 0)
+    missing = log.row.get("step") == step and "seconds/eval" not in log.row
+    if not step:
+        due, missing = config.eval_before_training, True
+    if run.benches and due and run.world.from_main(missing):
+        metrics = Metrics(enter=lambda phase: run.turn_to(f"step {step}, {phase}"))
+        with metrics.timer("eval"):
+            copy_weights(run.policy, run.sampler.model)
+            metrics.add_means({name: (value, 1) for name, value in evaluate(run).items()})
+        log.step(step, metrics.reduced(run.world.reduce))
 
 
 def save(run: Run, log: RunLog, may_fail: bool = False) -> None:

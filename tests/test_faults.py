@@ -207,28 +207,69 @@ def test_one_process_asked_is_all_asked(place):
     assert seconds < 20 and "stopped after step" in text and "is gone" not in text
 
 
-def test_a_run_stopped_in_a_rollout_ends_as_one_that_was_not(place, monkeypatch):
-    """The signal comes while step 2 samples; nothing of it is kept, and resumed it is the same."""
-    whole = run(place, "not-stopped", steps=3)
-    sample, steps = train.sample_everywhere, []
+# Each step has two mini-batches of several micro-batches; steps 0, 2 and 3 are evaluated, and step 3 is the last.
+HOW = dict(steps=3, tokens_per_microbatch=1500, save_every=0, keep_checkpoints=1, eval_before_training=True)
+STOPS = [  # function of train.py that is called, for which time, when the signal comes; steps that are complete
+    ("sample", 2, 1), ("log_probs", 3, 1), ("log_probs", 4, 1), ("optimizer_step", 3, 1), ("optimizer_step", 4, 2),
+    ("evaluate", 2, 2), ("evaluate", 3, 3),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def not_stopped(place):
+    return run(place, "not-stopped", **HOW)
+
+
+@pytest.mark.parametrize("name,count,done", STOPS)
+def test_a_run_stopped_anywhere_ends_as_one_that_was_not(place, not_stopped, monkeypatch, name, count, done):
+    """A step is given up until its first optimizer step; after that it is completed, but not its evaluation."""
+    requests, calls, function, stopped = [], [], getattr(train, name), f"stopped-{name}-{count}"
+
+    class Request(StopRequest):
+        def __init__(self, world):
+            super().__init__(world)
+            requests.append(self)
 
     def asked(*args, **kwargs):
-        steps.append(kwargs["step"])
-        if kwargs.get("request") and kwargs["step"] == 1:
+        calls.append(name)
+        if len(calls) == count:
             os.kill(os.getpid(), signal.SIGTERM)
             until = time.monotonic() + 5
-            while not kwargs["request"].asked() and time.monotonic() < until:
-                time.sleep(0.01)
-        return sample(*args, **kwargs)
+            while not requests[0].asked() and time.monotonic() < until:
+                time.sleep(0.001)
+        return function(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped) as stop:
-        patch.setattr(train, "sample_everywhere", asked)
-        run(place, "stopped", steps=3, save_every=0)
-    assert stop.value.number == signal.SIGTERM and steps == [0, 1]
-    assert (place / "stopped/checkpoints/latest").read_text() == "step-000001\n"
-    run(place, "stopped", steps=3, resume="auto")
-    assert measured(place / "stopped/metrics.jsonl") == measured(whole / "metrics.jsonl")
-    assert all(map(torch.equal, weights(place / "stopped"), weights(whole)))
+        patch.setattr(train, "StopRequest", Request)
+        patch.setattr(train, name, asked)
+        run(place, stopped, **HOW)
+    assert stop.value.number == signal.SIGTERM and len(calls) == count
+    assert (place / stopped / "checkpoints/latest").read_text() == f"step-{done:06d}\n"
+    rows = measured(place / stopped / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(done + 1)) and "heldout_accuracy" not in rows[-1]
+    run(place, stopped, resume="auto", **HOW)
+    kill_test.compare(not_stopped, place / stopped)
+
+
+def test_processes_stopped_between_micro_batches_save_the_step_before(place, tmp_path, monkeypatch):
+    """Weights and gradients that FSDP holds whole at that moment do not get into the checkpoint.
+
+    A step has two micro-batches a rank, and so six forward passes: policy, reference, update.
+    """
+    how = HOW | dict(prompts_per_minibatch=4, accumulate_whole="on", eval_before_training=False, eval_every=0,
+                     keep_checkpoints=3)  # fmt: skip
+    options = preset(place, "two-stopped", **how)
+    saved = {}
+    for name, where in (("whole", ""), ("in-logprobs", "forward:7"), ("in-update", "forward:11")):
+        monkeypatch.setenv("STOP_IN", where)
+        job = Job(tmp_path / name, [*options, "--save-every", "0" if where else "1"], 2, tmp_path / "announcements")
+        assert job.process.wait(timeout=120) == bool(where), job.text()
+        assert ("stopped after step 1 of 3" in job.text()) == bool(where), job.text()
+        passes = (tmp_path / "announcements").read_text().split().count("forward")
+        assert passes == (int(where.split(":")[1]) if where else 18)
+        files = (tmp_path / name / "checkpoints/step-000001").glob("*.safetensors")
+        saved[name] = [file.read_bytes() for file in sorted(files)]
+    assert len(saved["whole"]) == 2 and saved["whole"] == saved["in-logprobs"] == saved["in-update"]
 
 
 def test_a_second_signal_is_obeyed_at_once():

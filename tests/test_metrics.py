@@ -16,13 +16,13 @@ from tooln1.metrics import (
     JsonlLog,
     Metrics,
     RunLog,
-    TensorBoardLog,
     best_and_worst,
     console_line,
     progress,
     read_jsonl,
     to_json,
 )
+from tooln1.tensorboard import TensorBoardLog
 
 
 class Ranks:
@@ -353,6 +353,24 @@ def test_run_log_writes_prints_and_resumes(tmp_path, capsys):
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and rows[3] == {"step": 3, "reward": 0.9}
     kept = [(row["step"], row["kind"]) for row in read_jsonl(tmp_path / "rollouts.jsonl")]
     assert kept == [(1, "best"), (1, "worst"), (2, "best"), (2, "worst")]
+
+
+def test_figures_are_added_to_a_steps_row(tmp_path, capsys):
+    log = RunLog(tmp_path, 4)
+    log.step(1, {"reward": 0.5})
+    log.step(2, {"kl": math.nan, "text": "line\u2028break\r"})
+    log.step(2, {"heldout_accuracy": 0.25})
+    log.close()
+    assert capsys.readouterr().out.splitlines()[1:] == ["step 2/4 · kl nan", "step 2/4 · held-out 0.250"]
+    log = RunLog(tmp_path, 4, completed=2)  # by a run that goes on, too
+    assert log.row == {"step": 2, "kl": None, "text": "line\u2028break\r", "heldout_accuracy": 0.25}
+    log.step(2, {"seconds/eval": 3.0})
+    log.step(3, {"reward": 1.0})
+    log.close()
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[0] == {"step": 1, "reward": 0.5} and rows[1]["heldout_accuracy"] == 0.25
+    assert rows[1]["kl"] is None and rows[1]["seconds/eval"] == 3.0
 
 
 def test_a_new_run_begins_its_logs_anew(tmp_path):

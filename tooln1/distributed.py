@@ -294,9 +294,10 @@ def load_models(
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back the whole copy of embedding and head that a pass without gradients leaves behind."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    """Give back the whole weights that a pass leaves behind: embedding and head without gradients, all in its midst."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def next_microbatch(model: nn.Module, last: bool) -> None:

@@ -24,6 +24,7 @@ from tooln1.benchmarks import examples as examples_benchmark
 from tooln1.data import Example
 from tooln1.distributed import World, sample_everywhere
 from tooln1.errors import UserError
+from tooln1.interrupt import StopRequest
 from tooln1.jsonl import field as json_field
 from tooln1.metrics import progress
 from tooln1.model import Transformer
@@ -186,16 +187,18 @@ def answer(
     bench: Bench, sampler: Sampler, tokenizer: Tokenizer, world: World, asking: Asking,
     found: Mapping[Key, Prediction] | None = None,
     on_reply: Callable[[Key, Prediction], None] = lambda key, prediction: None,
+    request: StopRequest | None = None,
 ) -> dict[Key, Prediction]:  # fmt: skip
     """Predictions for the chosen cases: those `found`, and the others, made on all ranks and known to all afterwards.
 
     A prompt that the model's context cannot hold is not asked, and a reply is cut off where the context ends.
     `on_reply` is told of each new prediction of this rank as soon as it is there. The bar shows this rank's accuracy.
+    A `request` to stop ends it with `Stopped`.
     """
     wanted = {(bench.name, case.id, sample): case for case in bench.chosen for sample in range(asking.samples)}
     found = {key: prediction for key, prediction in (found or {}).items() if key in wanted}
     missing = {case.id: case for key, case in wanted.items() if key not in found}
-    prompts = {name: _prompt_ids(tokenizer, asking.messages(case)) for name, case in missing.items()}
+    prompts = {name: tokenizer.prompt_ids(asking.messages(case)) for name, case in missing.items()}
     context = context_tokens(sampler.model)
     asked = [name for name, prompt in prompts.items() if len(prompt) < context]
     too_long = {key: NOT_ASKED for key in wanted if len(prompts.get(key[1], ())) >= context}
@@ -226,7 +229,7 @@ def answer(
             sampler, world, [prompts[name] for name in asked], keys=[place[name] for name in asked],
             group_size=asking.samples, temperature=asking.temperature, seed=asking.seed,
             max_new_tokens=[min(asking.max_reply_tokens, context - len(prompts[name])) for name in asked],
-            on_finished=lambda rollout: made(*named(rollout), replies=world.size),
+            on_finished=lambda rollout: made(*named(rollout), replies=world.size), request=request,
         ) if asked else []  # fmt: skip
     return {**too_long, **dict(map(named, rollouts)), **found}
 
@@ -234,10 +237,6 @@ def answer(
 def context_tokens(model: Transformer) -> float:
     """Tokens of prompt and reply together that the model was made for; inf where its config does not say."""
     return model.config.raw.get("max_position_embeddings") or math.inf
-
-
-def _prompt_ids(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
-    return tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
@@ -306,6 +305,17 @@ def _over_samples(figures: Sequence[Tally | float]) -> dict[str, Any]:
     if all(isinstance(figure, Tally) for figure in figures):
         result |= {"right": sum(f.right for f in figures), "replies": sum(f.count for f in figures)}
     return result
+
+
+def figures(
+    benches: Sequence[Bench], sampler: Sampler, tokenizer: Tokenizer, world: World, asking: Asking,
+    request: StopRequest,
+) -> dict[str, float]:  # fmt: skip
+    """Ask the benches, one sample a case: the totals of all under names for a log; `request` as in `answer`."""
+    found = {}
+    for bench in benches:
+        found |= metrics_of(bench, answer(bench, sampler, tokenizer, world, asking, request=request), asking.think)
+    return found
 
 
 def metrics_of(bench: Bench, predictions: dict[Key, Prediction], think: bool) -> dict[str, float]:

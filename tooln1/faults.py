@@ -26,7 +26,7 @@ UPDATE_KNOBS = (
 def keep_batch(
     folder: Path, name: str, batches: Sequence[PackedBatch], rollouts: Sequence[Rollout], tokenizer: Tokenizer,
     world: World, newest: int,
-) -> Path:  # fmt: skip
+) -> None:  # fmt: skip
     """Write the replies of a mini-batch, of all ranks, as `folder`/`name`.jsonl, and keep the `newest` such files.
 
     One line a reply: its text, tokens and advantage, and the log-prob of each token under the sampler, the policy
@@ -42,7 +42,15 @@ def keep_batch(
             old.unlink()
 
     world.together(write if world.main else lambda: None, f"{file} could not be written")
-    return file
+
+
+def ruined(count: int, step: int, folder: Path, learning_rate: float) -> UserError:
+    """The error of a run whose last `count` optimizer steps, up to one in `step` (from 1), were not finite."""
+    return UserError(
+        f"{count} optimizer steps in a row had a loss or gradient that is not finite; the run stops at step {step}. "
+        f"Their batches are in {folder}. If the weights were ruined before, go on from a checkpoint before the first "
+        f"of them: --resume DIR, learning_rate below {learning_rate}, --allow-changes learning_rate."
+    )
 
 
 def _rows(batch: PackedBatch, rollouts: Sequence[Rollout], tokenizer: Tokenizer) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from tooln1.distributed import World
 from tooln1.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-WORDS = "stopping where no work is lost, then saving; a second signal stops at once, without saving"
+WORDS = "stopping, then saving the steps that are complete; a second signal stops at once, without saving"
 SAME = 0.5  # seconds: a job manager signals torchrun and its processes, and torchrun passes its own on
 
 

@@ -13,7 +13,6 @@ from tooln1.data import Example
 from tooln1.distributed import World
 from tooln1.errors import UserError
 from tooln1.memory import device_bytes, estimate, host_bytes, table
-from tooln1.metrics import tensorboard_writer
 from tooln1.model_config import ModelConfig
 from tooln1.preflight import (
     Finding,
@@ -29,6 +28,7 @@ from tooln1.preflight import (
     template,
 )  # fmt: skip
 from tooln1.run_dir import CHECKPOINTS
+from tooln1.tensorboard import tensorboard_writer
 from tooln1.tokenizer import Tokenizer
 
 

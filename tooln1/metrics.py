@@ -19,6 +19,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from tooln1.errors import UserError, atomic_write
+from tooln1.tensorboard import TensorBoardLog
 
 Reduce = Callable[[list[float], str], list[float]]
 """(numbers, "sum" | "min" | "max") -> those numbers, each reduced over all ranks; `World.reduce` is one."""
@@ -148,6 +149,7 @@ CONSOLE = (
     ("sampling", "tokens_per_second/rollout", "{:,.0f} tokens/s"),
     ("update", "tokens_per_second/update", "{:,.0f} tokens/s"),
     ("held-out", "heldout_accuracy", "{:.3f}"),
+    ("", "seconds/eval", "{:.1f} s"),
 )
 SUPERVISED_ONLY = ("loss", "tokens_per_second/update")  # left out of the line of a step with a reward
 
@@ -214,6 +216,16 @@ class JsonlLog:
         except OSError as error:
             raise UserError(f"{self.path} cannot be written to: {error.strerror}.") from error
 
+    def last(self) -> dict[str, Any]:
+        """The last line's object; {} where there is none."""
+        rows = read_jsonl(self.path)
+        return rows[-1] if rows else {}
+
+    def replace_last(self, record: dict[str, Any]) -> None:
+        """Write `record` in the place of the last line, in one move."""
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        self._rewrite([*lines[:-1], (to_json(record) + "\n").encode("utf-8")])
+
     def flush(self) -> None:
         """Have the disk hold what was written."""
         os.fsync(self._file.fileno())
@@ -223,10 +235,13 @@ class JsonlLog:
 
         So are lines behind that of `step` which a power cut has made unreadable.
         """
-        self._file.close()
         kept = [record for record in read_jsonl(self.path, enough=step) if not _is_after(record.get("step"), step)]
-        with atomic_write(self.path) as file:
-            file.writelines(to_json(record) + "\n" for record in kept)
+        self._rewrite((to_json(record) + "\n").encode("utf-8") for record in kept)
+
+    def _rewrite(self, lines: Iterable[bytes]) -> None:
+        with atomic_write(self.path, "wb") as file:
+            file.writelines(lines)
+        self._file.close()
         self._file = self._open()
 
     def close(self) -> None:
@@ -291,37 +306,6 @@ def _pick(rows: Sequence[dict[str, Any]], indices: Iterable[int], count: int, si
     return [index for _, _, index in sorted(keys)[:count]]
 
 
-def tensorboard_writer() -> type:
-    """torch's SummaryWriter. Raises UserError where the package that it needs is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "tensorboard is on, but the package is not installed; pip install -r requirements-extra.txt, "
-            "or set tensorboard to false."
-        ) from None
-    return SummaryWriter
-
-
-class TensorBoardLog:
-    """The metrics as TensorBoard scalars in a folder; the package is needed only when one is made."""
-
-    def __init__(self, folder: str | os.PathLike, first_step: int):
-        """What the folder holds from `first_step` on is hidden. UserError where the package is missing."""
-        self._writer = tensorboard_writer()(str(folder), purge_step=first_step)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Write the finite values of a step."""
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Close the writer's files."""
-        self._writer.close()
-
-
 class RunLog:
     """The logs of a run directory: metrics.jsonl, rollouts.jsonl, the console, and TensorBoard when asked.
 
@@ -343,6 +327,7 @@ class RunLog:
         """
         self.total_steps = total_steps
         self._metrics = self._rollouts = self._tensorboard = None
+        self.row: dict[str, Any] = {}  # the last one of metrics.jsonl
         if not write:
             return
         paths = [Path(run_dir) / name for name in ("metrics.jsonl", "rollouts.jsonl")]
@@ -353,15 +338,21 @@ class RunLog:
         if completed is not None:
             self._metrics.truncate_after(completed)
             self._rollouts.truncate_after(completed)
+            self.row = self._metrics.last()
         if tensorboard:
             first_step = 0 if completed is None else completed + 1
             self._tensorboard = TensorBoardLog(Path(run_dir) / "tensorboard", first_step)
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """Log the metrics of a step, and print its line."""
+        """Log the metrics of a step, or add some to those it has already, and print a line of them."""
         if self._metrics is None:
             return
-        self._metrics.append({"step": step, **values})
+        if self.row.get("step") == step:
+            self.row = {**self.row, **values}
+            self._metrics.replace_last(self.row)
+        else:
+            self.row = {"step": step, **values}
+            self._metrics.append(self.row)
         if self._tensorboard is not None:
             self._tensorboard.write(step, values)
         print(console_line(step, self.total_steps, values), flush=True)

@@ -170,7 +170,7 @@ def stop_ids(tokenizer: Tokenizer, model_vocab_size: int) -> list[Finding]:
 
 def sample(tokenizer: Tokenizer, example: Example, think: bool, most_characters: int = 3000) -> str:
     """The prompt of `example` as the model sees it, special tokens written out; a long one without its middle."""
-    ids = tokenizer.encode(tokenizer.render(build_messages(example, think), add_generation_prompt=True))
+    ids = tokenizer.prompt_ids(build_messages(example, think))
     text, half = tokenizer.decode(ids), most_characters // 2
     if (left_out := len(text) - 2 * half) > 0:
         text = f"{text[:half]}\n[... {left_out} characters left out ...]\n{text[len(text) - half :]}"

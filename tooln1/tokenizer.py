@@ -104,6 +104,10 @@ class Tokenizer:
         with _told(f"{self._directory}: the tokenizer cannot decode"):
             return self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
 
+    def prompt_ids(self, messages: list[dict]) -> list[int]:
+        """The token ids that ask for a reply to the messages."""
+        return self.encode(self.render(messages, add_generation_prompt=True))
+
     def render(
         self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False
     ) -> str:

@@ -42,10 +42,15 @@ def with_logprobs(
     reference: Transformer | None,
     temperature: float,
     chunk: int,
+    before_each: Callable[[], None] = lambda: None,
 ) -> tuple[list[PackedBatch], Sums]:
-    """The batches with `old_logprobs` (and `ref_logprobs`, given a reference) filled in, and the policy's entropy."""
+    """The batches with `old_logprobs` (and `ref_logprobs`, given a reference) filled in, and the policy's entropy.
+
+    before_each: is called before each batch; what it raises, on all ranks alike, ends the pass.
+    """
     filled, entropy_sum, tokens = [], 0.0, 0
     for batch in batches:
+        before_each()
         old, entropy = batch_logprobs(policy, batch, temperature, chunk, with_entropy=True)
         filled.append(replace(batch, old_logprobs=old))
         entropy_sum += entropy.sum().item()
@@ -53,6 +58,7 @@ def with_logprobs(
     reshard(policy)
     if reference is not None:
         for i, batch in enumerate(filled):
+            before_each()
             filled[i] = replace(batch, ref_logprobs=batch_logprobs(reference, batch, temperature, chunk)[0])
         reshard(reference)
     return filled, {"entropy": (entropy_sum, tokens)}
@@ -135,15 +141,18 @@ def optimizer_step(
     max_grad_norm: float,
     learning_rate: float,
     reduce: Reduce = alone,
+    before_each: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Accumulate the gradients of all micro-batches, clip their global norm, step.
 
     A loss or gradient that is not finite on any rank leaves weights and Adam state untouched on all of them. `reduce`
-    adds up numbers over the ranks.
+    adds up numbers over the ranks. `before_each` is called before each micro-batch; what it raises, on all ranks alike,
+    leaves them untouched, too.
     """
     optimizer.zero_grad(set_to_none=True)
     loss_sum, sums = 0.0, {}
     for i, batch in enumerate(batches):
+        before_each()
         next_microbatch(policy, last=i == len(batches) - 1)
         loss, parts = loss_of(policy, batch, total)
         loss.backward()
