@@ -196,7 +196,7 @@ def evaluate(run: Run) -> dict[str, float]:
     """Greedy figures, as eval.py has them: "heldout_accuracy" (the binary reward), and eval_bench's totals by name."""
     asking = Asking(think=run.config.think, max_reply_tokens=run.config.max_reply_tokens)
     found = figures(run.benches, run.sampler, run.tokenizer, run.world, asking, run.request)
-    return {name.replace("heldout_overall", "heldout_accuracy"): value for name, value in found.items()}
+    return {{"heldout_overall": "heldout_accuracy"}.get(name, name): value for name, value in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -265,13 +265,13 @@ def run_steps(run: Run, log: RunLog) -> None:
 def evaluate_if_due(run: Run, log: RunLog) -> None:
     """Evaluate where that is due after the steps done, and add the figures to the step's row, if it has none yet.
 
-    The step is complete before: a run that is stopped or killed in here goes on with it.
+    The step is complete, and saved if that is due, before: a run that is stopped or killed in here goes on with this.
+    One that goes on from another run's checkpoint evaluates what that one may not have, its last step.
     """
-    config, step = run.config, run.done
-    due = step == run.steps or (config.eval_every and step % config.eval_every == 0)
-    missing = log.row.get("step") == step and "seconds/eval" not in log.row
-    if not step:
-        due, missing = config.eval_before_training, True
+    config, step, last = run.config, run.done, run.done == run.steps
+    due = (last or (config.eval_every and step % config.eval_every == 0)) if step else config.eval_before_training
+    has_row, has_figures = log.row.get("step") == step, "seconds/eval" in log.row
+    missing = not (has_row and has_figures) if last or not step else has_row and not has_figures
     if run.benches and due and run.world.from_main(missing):
         metrics = Metrics(enter=lambda phase: run.turn_to(f"step {step}, {phase}"))
         with metrics.timer("eval"):

@@ -251,6 +251,27 @@ def test_a_run_stopped_anywhere_ends_as_one_that_was_not(place, not_stopped, mon
     kill_test.compare(not_stopped, place / stopped)
 
 
+def test_a_run_that_dies_in_an_evaluation_has_saved_the_step(place, not_stopped, monkeypatch):
+    how, evaluate, calls = HOW | dict(save_every=1, keep_checkpoints=3), train.evaluate, []
+
+    def dies(given):
+        calls.append(given.done)
+        if given.done == 2:
+            raise RuntimeError("dies")
+        return evaluate(given)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="dies"):
+        patch.setattr(train, "evaluate", dies)
+        run(place, "dies", **how)
+    assert calls == [0, 2] and (place / "dies/checkpoints/latest").read_text() == "step-000002\n"
+    run(place, "dies", resume="auto", **how)
+    rows = measured(place / "dies/metrics.jsonl")
+    assert rows == measured(not_stopped / "metrics.jsonl")
+    last = str(place / "dies/checkpoints/step-000003")
+    branch = run(place, "branch-of-the-last", resume=last, **how)  # it has no row of its own for it
+    assert measured(branch / "metrics.jsonl") == [{"step": 3, "heldout_accuracy": rows[3]["heldout_accuracy"]}]
+
+
 def test_processes_stopped_between_micro_batches_save_the_step_before(place, tmp_path, monkeypatch):
     """Weights and gradients that FSDP holds whole at that moment do not get into the checkpoint.
 
@@ -260,7 +281,8 @@ def test_processes_stopped_between_micro_batches_save_the_step_before(place, tmp
                      keep_checkpoints=3)  # fmt: skip
     options = preset(place, "two-stopped", **how)
     saved = {}
-    for name, where in (("whole", ""), ("in-logprobs", "forward:7"), ("in-update", "forward:11")):
+    for name, where in (("whole", ""), ("in-logprobs", "forward:7"), ("in-reference", "forward:9"),
+                        ("in-update", "forward:11")):  # fmt: skip
         monkeypatch.setenv("STOP_IN", where)
         job = Job(tmp_path / name, [*options, "--save-every", "0" if where else "1"], 2, tmp_path / "announcements")
         assert job.process.wait(timeout=120) == bool(where), job.text()
@@ -269,7 +291,7 @@ def test_processes_stopped_between_micro_batches_save_the_step_before(place, tmp
         assert passes == (int(where.split(":")[1]) if where else 18)
         files = (tmp_path / name / "checkpoints/step-000001").glob("*.safetensors")
         saved[name] = [file.read_bytes() for file in sorted(files)]
-    assert len(saved["whole"]) == 2 and saved["whole"] == saved["in-logprobs"] == saved["in-update"]
+    assert len(saved["whole"]) == 2 and all(files == saved["whole"] for files in saved.values())
 
 
 def test_a_second_signal_is_obeyed_at_once():

@@ -2,12 +2,16 @@
 
 import json
 import os
+import signal
 import socket
 import time
 
 import pytest
+import torch
 
 from tooln1 import lifeline as module
+from tooln1.distributed import World
+from tooln1.interrupt import StopRequest
 from tooln1.lifeline import connect
 
 TOKEN = "a" * 32
@@ -93,6 +97,28 @@ def test_the_reason_of_a_failure_is_passed_on(hub, capfd):
     assert other.hear() == {"gone": 1, "why": "data.jsonl: not there."}
     soon(lambda: ends)
     assert "because rank 1 is gone: data.jsonl: not there. Go on" in capfd.readouterr().err
+
+
+def test_a_process_asked_to_stop_lets_all_know(hub):
+    lifeline, port, ends = hub
+    asked, other = Peer(port, 1), Peer(port, 2)
+    soon(lambda: len(lifeline.sockets) == 2)
+    request = StopRequest(World(0, 3, torch.device("cpu"), lifeline))
+    assert not request.asked()
+    asked.say(stop=True)
+    assert other.hear() == {"stop": True}
+    soon(request.asked)
+    assert not request.number and not ends
+
+
+def test_rank_0_asked_to_stop_lets_all_know(hub):
+    lifeline, port, _ = hub
+    peer = Peer(port, 1)
+    soon(lambda: lifeline.sockets)
+    with StopRequest(World(0, 2, torch.device("cpu"), lifeline)) as request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert peer.hear() == {"stop": True}
+        assert request.asked()
 
 
 @pytest.mark.parametrize("first", ["rank 0", "rank 1"])

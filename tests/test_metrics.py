@@ -1,5 +1,6 @@
 """Metrics that reduce rightly over ranks, logs that survive a crash, and lines that a person can read."""
 
+import errno
 import json
 import math
 import os
@@ -371,6 +372,21 @@ def test_figures_are_added_to_a_steps_row(tmp_path, capsys):
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[0] == {"step": 1, "reward": 0.5} and rows[1]["heldout_accuracy"] == 0.25
     assert rows[1]["kl"] is None and rows[1]["seconds/eval"] == 3.0
+
+
+def test_a_row_that_cannot_be_rewritten_stays(tmp_path, monkeypatch):
+    log = RunLog(tmp_path, 4)
+    log.step(1, {"reward": 0.5})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tooln1.errors.os.replace", full)
+    with pytest.raises(UserError, match="metrics.jsonl cannot be written to: No space left"):
+        log.step(1, {"heldout_accuracy": 0.25})
+    assert [path.name for path in tmp_path.iterdir() if "metrics" in path.name] == ["metrics.jsonl"]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_new_run_begins_its_logs_anew(tmp_path):

@@ -294,7 +294,7 @@ def load_models(
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back the whole weights that a pass leaves behind: embedding and head without gradients, all in its midst."""
+    """Give back the whole weights that a pass leaves: embedding and head without gradients; more if broken off."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

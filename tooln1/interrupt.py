@@ -17,7 +17,7 @@ SAME = 0.5  # seconds: a job manager signals torchrun and its processes, and tor
 
 
 class StopRequest:
-    """A context in which SIGTERM and SIGINT are requests; `asked` says whether one came to this process.
+    """A context in which SIGTERM and SIGINT are requests; `asked` says whether one came, here or elsewhere in the job.
 
     A thread of its own looks at them: the main one may be deep in a collective, where Python handles no signal.
     """
@@ -42,8 +42,8 @@ class StopRequest:
         self.writer.close()  # ends the thread
 
     def asked(self) -> bool:
-        """Whether this process was asked to stop."""
-        return self.number != 0
+        """Whether this process was asked to stop, or another one has let it know that it was."""
+        return self.number != 0 or (self.world.lifeline is not None and self.world.lifeline.stop_asked)
 
     def check(self) -> None:
         """Raise `Stopped` on all ranks where any of them was asked (a collective)."""
@@ -59,6 +59,8 @@ class StopRequest:
             name = signal.Signals(number).name
             if not self.number:
                 self.number, self.since = number, now
+                if self.world.lifeline:
+                    self.world.lifeline.ask_to_stop()
                 if self.world.main:
                     os.write(2, f"\n{name}: {WORDS}\n".encode())
             elif now - self.since > SAME:

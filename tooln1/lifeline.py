@@ -40,6 +40,7 @@ class Lifeline:
         self.ended: dict[int, str] = {}  # on rank 0: the others that said they end, and what they failed of
         self.sockets: dict[int, socket.socket] = {}  # rank 0: to each other rank; there: to rank 0
         self.places = {rank: PLACE}  # rank -> process and machine; all, on rank 0
+        self.stop_asked = False  # whether a process of the job was asked to stop
 
     # ------------------------------------------------------------------------------------------ the main thread
 
@@ -48,6 +49,12 @@ class Lifeline:
         self.doing[self.rank] = doing, time.monotonic()
         if self.rank:
             self._send(0, {"doing": doing})
+
+    def ask_to_stop(self) -> None:
+        """Let all processes know that this one was asked to stop."""
+        self.stop_asked = True
+        for rank in list(self.sockets):  # rank 0 passes it on
+            self._send(rank, {"stop": True})
 
     def leave(self) -> None:
         """Say that this process ends in good order; rank 0 goes last, so that nobody misses it."""
@@ -133,6 +140,8 @@ class Lifeline:
     def _hear(self, rank: int, message: dict) -> None:
         if "doing" in message:
             self.doing[rank] = str(message["doing"]), time.monotonic()
+        elif "stop" in message:
+            self.ask_to_stop()
         elif "left" in message:
             self.ended[rank] = ""
         elif "failed" in message:
@@ -159,6 +168,8 @@ class Lifeline:
                 if "same" in message:
                     self.said_there = message["same"]
                     self.answered.set()
+                elif "stop" in message:
+                    self.stop_asked = True
                 elif "gone" in message:
                     self._end(message["gone"], message["why"])
             if not data:

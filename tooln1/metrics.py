@@ -222,9 +222,12 @@ class JsonlLog:
         return rows[-1] if rows else {}
 
     def replace_last(self, record: dict[str, Any]) -> None:
-        """Write `record` in the place of the last line, in one move."""
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        self._rewrite([*lines[:-1], (to_json(record) + "\n").encode("utf-8")])
+        """Write `record` in the place of the last line, in one move. UserError where the disk does not take it."""
+        try:
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            self._rewrite([*lines[:-1], (to_json(record) + "\n").encode("utf-8")])
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written to: {error.strerror}.") from error
 
     def flush(self) -> None:
         """Have the disk hold what was written."""

@@ -147,7 +147,7 @@ def optimizer_step(
 
     A loss or gradient that is not finite on any rank leaves weights and Adam state untouched on all of them. `reduce`
     adds up numbers over the ranks. `before_each` is called before each micro-batch; what it raises, on all ranks alike,
-    leaves them untouched, too.
+    leaves them untouched, too: after `reshard` they can be saved, but the gradients that are left spoil a next step.
     """
     optimizer.zero_grad(set_to_none=True)
     loss_sum, sums = 0.0, {}
