@@ -66,8 +66,8 @@ class Run:
     turn_to: Callable[[str], None]  # takes what the run does next, for the words when something goes wrong
     notes: dict  # goes into every checkpoint: settings, and a fingerprint of the data
     done: int = 0  # steps that are complete
-    intact: bool = True  # whether no optimizer step of the next one was tried: it can be given up
     saved: int = 0  # of them, those that a checkpoint has
+    intact: bool = True  # the weights are those after the steps done: the next one can still be given up
     bad_steps: int = 0  # optimizer steps in a row whose loss or gradient was not finite
     failed_saves: int = 0  # attempts in a row to write a checkpoint
 
@@ -161,7 +161,8 @@ def update(
     run: Run, batches: list[PackedBatch], rollouts: Sequence[Rollout], total: float, step: int, metrics: Metrics
 ) -> None:
     """One optimizer step on a mini-batch; one whose loss or gradient is not finite is skipped, counted and kept."""
-    config, check = run.config, run.request.check if run.intact else lambda: None
+    config = run.config
+    check = run.request.check if run.intact else lambda: None
     rate = scheduled_rate(step, run.steps, config.learning_rate, config.lr_schedule, config.warmup_ratio)
     result = optimizer_step(
         run.policy, run.optimizer, batches, run.loss, total, config.max_grad_norm, rate, run.world.reduce, check
@@ -196,7 +197,9 @@ def evaluate(run: Run) -> dict[str, float]:
     """Greedy figures, as eval.py has them: "heldout_accuracy" (the binary reward), and eval_bench's totals by name."""
     asking = Asking(think=run.config.think, max_reply_tokens=run.config.max_reply_tokens)
     found = figures(run.benches, run.sampler, run.tokenizer, run.world, asking, run.request)
-    return {{"heldout_overall": "heldout_accuracy"}.get(name, name): value for name, value in found.items()}
+    if "heldout_overall" in found:
+        found["heldout_accuracy"] = found.pop("heldout_overall")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -270,8 +273,8 @@ def evaluate_if_due(run: Run, log: RunLog) -> None:
     """
     config, step, last = run.config, run.done, run.done == run.steps
     due = (last or (config.eval_every and step % config.eval_every == 0)) if step else config.eval_before_training
-    has_row, has_figures = log.row.get("step") == step, "seconds/eval" in log.row
-    missing = not (has_row and has_figures) if last or not step else has_row and not has_figures
+    has_row = log.row.get("step") == step
+    missing = "seconds/eval" not in log.row if has_row else last or not step
     if run.benches and due and run.world.from_main(missing):
         metrics = Metrics(enter=lambda phase: run.turn_to(f"step {step}, {phase}"))
         with metrics.timer("eval"):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from conftest import shared
-from fuzz_replies import slowness
 
 from tooln1.benchmarks import Tally, Verdict, acebench, benchmark, row_by_rule
 from tooln1.benchmarks.acebench import CATEGORIES, TEXT, AceCase, load, score, score_text, totals
@@ -248,7 +247,7 @@ def test_hostile_texts_get_a_verdict_soon():
         for city in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth, "1" * depth):
             arguments = f'{{"city": {city}, "stay": {{"x": {city}}}}}'
             assert not score(case, f'<tool_call>[{{"name": "hotel_book", "arguments": {arguments}}}]</tool_call>').ok
-    assert time.process_time() - start < 30 * slowness()
+    assert time.process_time() - start < 30
 
 
 def test_any_reply_gets_a_verdict():

@@ -9,7 +9,6 @@ import time
 import pytest
 from bfcl_fixtures import function, gold_calls, make_case, mutated, typed, write_category
 from conftest import shared
-from fuzz_replies import slowness
 
 from tooln1.benchmarks import Tally, bfcl
 from tooln1.prompt import format_reply
@@ -44,7 +43,7 @@ def test_accepted_answers_fed_back_reach_the_ceilings_in_time(cases):
     replies = {name: format_reply(gold_calls(case), "t") for name, case in cases.items()}
     start = time.process_time()
     right = {name: bfcl.score(case, replies[name]).ok for name, case in cases.items()}
-    assert time.process_time() - start < 5 * slowness()
+    assert time.process_time() - start < 5
     assert {name for name, ok in right.items() if not ok} == set(bfcl.NEVER_RIGHT)
     by_category = {}
     for name, case in cases.items():
@@ -228,7 +227,7 @@ def test_extreme_values_are_wrong_and_fast(tmp_path, value):
     start = time.process_time()
     for name in kinds:
         assert not bfcl.score(case, format_reply([{"name": "f", "arguments": {"d": {}, name: value}}])).ok
-    assert time.process_time() - start < 5 * slowness()
+    assert time.process_time() - start < 5
     nested = [value]
     for _ in range(100_000):
         nested = [nested]

@@ -5,7 +5,6 @@ import random
 import time
 
 import pytest
-from fuzz_replies import slowness
 
 from tooln1.benchmarks.bfcl_literals import java_value, javascript_value
 
@@ -128,7 +127,7 @@ def test_literals_are_read_in_linear_time(read, kind, opening, piece, closing):
     text = opening + piece * (2_000_000 // len(piece)) + closing
     start = time.process_time()
     read(text, kind, "integer" if "rray" in kind else None)
-    assert time.process_time() - start < 5 * slowness()
+    assert time.process_time() - start < 5
 
 
 def test_numbers_in_an_array_are_those_that_python_reads():

@@ -2,7 +2,6 @@
 
 import pytest
 from fuzz_files import base_models, fuzz_models, fuzz_rows, run, use_model
-from fuzz_replies import slowness
 
 from tooln1.errors import UserError
 
@@ -10,7 +9,7 @@ from tooln1.errors import UserError
 def test_mutated_rows(tmp_path):
     outcomes, wrong, worst = run(fuzz_rows(600, 7, tmp_path))
     assert not wrong, "\n".join(wrong)
-    assert sum(outcomes.values()) == 600 and worst[0] < 2 * slowness(), worst
+    assert sum(outcomes.values()) == 600 and worst[0] < 2, worst
     for kind in ("example", "prediction", "sft", "toolace", "xlam"):  # a fuzz that is always refused shows nothing
         assert outcomes[f"{kind} row accepted"] > 5 and outcomes[f"{kind} row refused"] > 20, outcomes
 
@@ -19,7 +18,7 @@ def test_mutated_models(tmp_path):
     outcomes, wrong, worst = run(fuzz_models(120, 7, tmp_path))
     assert not wrong, "\n".join(wrong)
     assert outcomes["model accepted"] > 5 and outcomes["model refused"] > 30, outcomes
-    assert worst[0] < 10 * slowness(), worst
+    assert worst[0] < 10, worst
 
 
 @pytest.mark.parametrize("number", range(3))

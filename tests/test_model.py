@@ -9,7 +9,6 @@ import time
 import pytest
 import torch
 from conftest import reference
-from fuzz_replies import slowness
 from safetensors.torch import load_file, save_file
 
 from tooln1.attention import PackedAttention, Segment
@@ -216,7 +215,7 @@ def test_a_hostile_config_is_refused_before_anything_is_built(tmp_path, changes,
     start = time.process_time()
     with pytest.raises(UserError, match=words) as caught:
         load_model(tmp_path / "m")
-    assert time.process_time() - start < 5 * slowness() and len(str(caught.value)) < 3000
+    assert time.process_time() - start < 5 and len(str(caught.value)) < 3000
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn])
