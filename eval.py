@@ -185,11 +185,14 @@ def generate(
     tokenizer = load_tokenizer(source)
     model = load_model(source, dtype, world.device, tokenizer.vocab_size)
     settings = {
-        "model": source, "data": {bench.name: bench.path for bench in benches},
-        "model_fingerprint": model_fingerprint(model), "context": model.config.raw.get("max_position_embeddings"),
-        "dtype": str(dtype).removeprefix("torch."), **asdict(asking),
+        "model": source,
+        "data": {bench.name: bench.path for bench in benches},
+        "model_fingerprint": model_fingerprint(model),
+        "context": model.config.raw.get("max_position_embeddings"),
+        "dtype": str(dtype).removeprefix("torch."),
+        **asdict(asking),
         **{f"prompts_of_{bench.name}": prompts_fingerprint(bench, asking) for bench in benches},
-    }  # fmt: skip
+    }
     predictions = resume(out, settings, benches, world)
     log = JsonlLog(out / (PREDICTIONS if world.main else PARTS.replace("*", str(world.rank))))
 
@@ -300,41 +303,69 @@ def _between(kind: type, least: float, most: float = 10**9):
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
     asking, count = Asking(), _between(int, 1)
-    # fmt: off
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--bench", nargs="+", action="extend", required=True, metavar="NAME=PATH",
-                        help=f"benchmarks and their data: {', '.join(NAMES)}")
+    parser.add_argument(
+        "--bench",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="NAME=PATH",
+        help=f"benchmarks and their data: {', '.join(NAMES)}",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="Hugging Face folder or hub id")
     source.add_argument("--predictions", metavar="FILE", help='score these: JSON lines {"id", "completion"}')
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--limit", type=count, metavar="N", help="only the first N cases of each")
-    parser.add_argument("--bfcl-changed", choices=CHANGED, default=CHANGED[0],
-                        help="BFCL's entries that changed after the paper's date: count them (all), not, or only them")
-    parser.add_argument("--no-think", dest="think", action="store_false",
-                        help="neither ask for reasoning nor look for it")
+    parser.add_argument(
+        "--bfcl-changed",
+        choices=CHANGED,
+        default=CHANGED[0],
+        help="BFCL's entries that changed after the paper's date: count them (all), not, or only them",
+    )
+    parser.add_argument(
+        "--no-think", dest="think", action="store_false", help="neither ask for reasoning nor look for it"
+    )
     parser.add_argument("--export-bfcl", metavar="DIR", help="write the replies to BFCL for the official bfcl evaluate")
     made = parser.add_argument_group("how replies are made (with --model)")
     choices = [
         made.add_argument("--base-model", metavar="MODEL", help="ask this one the same, and print its row beside"),
-        made.add_argument("--prompt", choices=tuple(WORDINGS), default=asking.prompt,
-                          help="wording: that of training (default), or of the released BFCL handler"),
-        made.add_argument("--max-reply-tokens", type=count, default=asking.max_reply_tokens, metavar="N",
-                          help="a longer reply is cut off there (%(default)s)"),
-        made.add_argument("--temperature", type=_between(float, 0), default=asking.temperature,
-                          help="0: greedy (default)"),
-        made.add_argument("--samples", type=_between(int, 1, MOST_SAMPLES), default=asking.samples, metavar="N",
-                          help="replies to each case, for mean and spread; needs a temperature (%(default)s)"),
-        made.add_argument("--seed", type=_between(int, 0, 2**63 - 1), default=asking.seed,
-                          help="of the sampling (%(default)s)"),
-        made.add_argument("--rows", type=count, metavar="N",
-                          help="most replies in flight in each process (on CUDA 512, else 64)"),
-        made.add_argument("--threads", type=_between(int, 1, 4096), metavar="N",
-                          help="CPU threads of a process (torch's choice)"),
+        made.add_argument(
+            "--prompt",
+            choices=tuple(WORDINGS),
+            default=asking.prompt,
+            help="wording: that of training (default), or of the released BFCL handler",
+        ),
+        made.add_argument(
+            "--max-reply-tokens",
+            type=count,
+            default=asking.max_reply_tokens,
+            metavar="N",
+            help="a longer reply is cut off there (%(default)s)",
+        ),
+        made.add_argument(
+            "--temperature", type=_between(float, 0), default=asking.temperature, help="0: greedy (default)"
+        ),
+        made.add_argument(
+            "--samples",
+            type=_between(int, 1, MOST_SAMPLES),
+            default=asking.samples,
+            metavar="N",
+            help="replies to each case, for mean and spread; needs a temperature (%(default)s)",
+        ),
+        made.add_argument(
+            "--seed", type=_between(int, 0, 2**63 - 1), default=asking.seed, help="of the sampling (%(default)s)"
+        ),
+        made.add_argument(
+            "--rows", type=count, metavar="N", help="most replies in flight in each process (on CUDA 512, else 64)"
+        ),
+        made.add_argument(
+            "--threads", type=_between(int, 1, 4096), metavar="N", help="CPU threads of a process (torch's choice)"
+        ),
     ]
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="auto: a GPU if there is one")
-    # fmt: on
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+
     options = parser.parse_args(argv)
     if options.predictions:
         for choice in choices:

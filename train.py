@@ -127,11 +127,20 @@ def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> lis
     prompts = [run.tokenizer.prompt_ids(build_messages(example, config.think)) for example in examples]
     with progress(len(prompts) * config.group_size, "sampling", "replies", run.world.main) as bar:
         return sample_everywhere(
-            run.sampler, run.world, prompts, keys=keys, group_size=config.group_size, seed=config.seed, step=step,
-            temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
-            max_new_tokens=config.max_reply_tokens, on_finished=lambda rollout: bar.update(run.world.size),
+            run.sampler,
+            run.world,
+            prompts,
+            keys=keys,
+            group_size=config.group_size,
+            seed=config.seed,
+            step=step,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            max_new_tokens=config.max_reply_tokens,
+            on_finished=lambda rollout: bar.update(run.world.size),
             request=run.request,
-        )  # fmt: skip
+        )
 
 
 def score(run: Run, rollouts: list[Rollout], examples: list[Example], step: int) -> tuple[list[str], torch.Tensor]:
@@ -291,9 +300,15 @@ def save(run: Run, log: RunLog, may_fail: bool = False) -> None:
     try:
         world.together(log.flush, "the logs could not be written")
         save_checkpoint(
-            Path(config.run_dir) / CHECKPOINTS, run.done, run.policy, run.optimizer, world, notes,
-            0 if run.bad_steps else config.keep_checkpoints, config.keep_every,  # the older may be needed again
-        )  # fmt: skip
+            Path(config.run_dir) / CHECKPOINTS,
+            run.done,
+            run.policy,
+            run.optimizer,
+            world,
+            notes,
+            0 if run.bad_steps else config.keep_checkpoints,
+            config.keep_every,  # the older may be needed again
+        )
     except UserError as error:
         run.failed_saves += 1
         if not may_fail or run.failed_saves >= config.max_failed_saves:
@@ -356,9 +371,14 @@ def prepare(
 
 
 def build(
-    config: Config, world: World, tokenizer: Tokenizer, examples: Sequence, benches: list[Bench], notes: dict,
+    config: Config,
+    world: World,
+    tokenizer: Tokenizer,
+    examples: Sequence,
+    benches: list[Bench],
+    notes: dict,
     turn_to: Callable[[str], None],
-) -> Run:  # fmt: skip
+) -> Run:
     """Models, sampler, optimizer, order: a run before its first step."""
     settings = resolved(config, read_config(config.model).num_parameters)
     kept_how = ("compile", "activation_checkpointing", "accumulate_whole", "offload_optimizer", "offload_reference")
@@ -367,20 +387,43 @@ def build(
     )
     sampler = Sampler(copy, tokenizer.stop_ids, config.rollout_rows, config.rollout_cache_tokens)
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_eps, weight_decay=config.weight_decay, fused=world.device.type == "cuda",
-    )  # fmt: skip
+        policy.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        fused=world.device.type == "cuda",
+    )
     policy_loss = PolicyLoss(
-        config.temperature, config.clip_low, config.clip_high, config.dual_clip, config.kl_coef,
-        config.entropy_coef, config.loss_aggregation, config.logprob_chunk_tokens,
-    )  # fmt: skip
+        config.temperature,
+        config.clip_low,
+        config.clip_high,
+        config.dual_clip,
+        config.kl_coef,
+        config.entropy_coef,
+        config.loss_aggregation,
+        config.logprob_chunk_tokens,
+    )
     loss = policy_loss if config.mode == "rl" else SupervisedLoss(config.logprob_chunk_tokens)
     order = EpochOrder(len(examples), config.seed)
     steps = config.steps or config.epochs * order.steps_per_epoch(config.prompts_per_step)
     return Run(
-        config, world, tokenizer, policy, reference, sampler, optimizer, loss, examples, benches, order, steps,
-        StopRequest(world), turn_to, notes,
-    )  # fmt: skip
+        config,
+        world,
+        tokenizer,
+        policy,
+        reference,
+        sampler,
+        optimizer,
+        loss,
+        examples,
+        benches,
+        order,
+        steps,
+        StopRequest(world),
+        turn_to,
+        notes,
+    )
 
 
 def reference_of(config: Config) -> str:

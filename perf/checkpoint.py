@@ -28,10 +28,17 @@ from tooln1.model import random_model
 from tooln1.model_config import parse_config
 
 SHAPE = {
-    "model_type": "qwen2", "vocab_size": 32768, "hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 12,
-    "num_attention_heads": 10, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+    "model_type": "qwen2",
+    "vocab_size": 32768,
+    "hidden_size": 640,
+    "intermediate_size": 2560,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
     "tie_word_embeddings": True,
-}  # fmt: skip
+}
 
 
 def seconds(work) -> float:
@@ -93,8 +100,17 @@ def main() -> None:
             for name, value in medians.items():
                 print(f"{name:<12} {value:6.2f} s   {size / value / 1e9:6.2f} GB/s")
             print(f"a save added {grown / 1e6:.0f} MB to the peak memory of a process")
-            print(json.dumps({"parameters": count, "bytes": size, "processes": world.size, "seconds": medians,
-                              "save_memory_bytes": grown}))  # fmt: skip
+            print(
+                json.dumps(
+                    {
+                        "parameters": count,
+                        "bytes": size,
+                        "processes": world.size,
+                        "seconds": medians,
+                        "save_memory_bytes": grown,
+                    }
+                )
+            )
 
 
 if __name__ == "__main__":

@@ -14,17 +14,33 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PY = sys.executable
 PARTS = [  # name, seconds at most, command
-    ("environment", 60, [PY, "-c", "import torch, triton; print(torch.__version__, triton.__version__, "
-                         "torch.cuda.get_device_name(), torch.backends.cudnn.version()); torch.zeros(1).pin_memory()"]),
+    (
+        "environment",
+        60,
+        [
+            PY,
+            "-c",
+            "import torch, triton; print(torch.__version__, triton.__version__, "
+            "torch.cuda.get_device_name(), torch.backends.cudnn.version()); torch.zeros(1).pin_memory()",
+        ],
+    ),
     ("tests", 360, [PY, "-m", "pytest", "-q", "-x", "tests/test_cuda.py"]),
     ("demo run", 120, [PY, "train.py", "--device", "cuda", "--steps", "3", "--run_dir", "runs/gpu_demo"]),
     ("engine checks", 150, [PY, "perf/rollout.py", "--device", "cuda", "--only", "check"]),
     ("breakdown 7B", 200, [PY, "perf/gpu.py", "breakdown"]),
-    ("rollout 1.5B", 150, [PY, "perf/rollout.py", "--device", "cuda", "--only", "time", "--sizes", "1.5B", "--prompts", "64"]),
-    ("rollout 7B", 200, [PY, "perf/rollout.py", "--device", "cuda", "--only", "time", "--sizes", "7B", "--prompts", "256"]),
+    (
+        "rollout 1.5B",
+        150,
+        [PY, "perf/rollout.py", "--device", "cuda", "--only", "time", "--sizes", "1.5B", "--prompts", "64"],
+    ),
+    (
+        "rollout 7B",
+        200,
+        [PY, "perf/rollout.py", "--device", "cuda", "--only", "time", "--sizes", "7B", "--prompts", "256"],
+    ),
     ("update 1.5B", 150, [PY, "perf/update.py", "--device", "cuda", "--sizes", "1.5B"]),
     ("update 3B", 150, [PY, "perf/update.py", "--device", "cuda", "--sizes", "3B", "--budget", "16384"]),
-]  # fmt: skip
+]
 
 
 def breakdown() -> None:
@@ -63,8 +79,14 @@ def breakdown() -> None:
     logits, uniform = torch.randn(320, config.vocab_size, device="cuda"), torch.rand(320, device="cuda")
     choose(logits, uniform, 0.7, 0, 1.0)
     print("choose, 320 rows, ms     ", 100 * took(lambda: [choose(logits, uniform, 0.7, 0, 1.0) for _ in range(10)]))
-    print("peak GiB", torch.cuda.max_memory_reserved() / 2**30, "graphs", len(sampler.graphs),
-          "compilations", torch._dynamo.utils.counters["stats"]["unique_graphs"])  # fmt: skip
+    print(
+        "peak GiB",
+        torch.cuda.max_memory_reserved() / 2**30,
+        "graphs",
+        len(sampler.graphs),
+        "compilations",
+        torch._dynamo.utils.counters["stats"]["unique_graphs"],
+    )
 
 
 def main() -> None:

@@ -82,13 +82,17 @@ def main() -> None:
         timed("sync", lambda: copy_weights(policy, copy))
 
     record = {
-        "model": args.config, "parameters": config.num_parameters, "vocabulary": config.vocab_size,
-        "prompt_tokens": [len(prompt) for prompt in prompts], "reply_tokens": total,
-        "grad_norm": result.grad_norm, "applied": result.applied,
+        "model": args.config,
+        "parameters": config.num_parameters,
+        "vocabulary": config.vocab_size,
+        "prompt_tokens": [len(prompt) for prompt in prompts],
+        "reply_tokens": total,
+        "grad_norm": result.grad_norm,
+        "applied": result.applied,
         "seconds": {phase: round(value, 2) for phase, value in seconds.items()},
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-    }  # fmt: skip
+    }
     if torch.cuda.is_available():
         record["device_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     for key, value in record.items():

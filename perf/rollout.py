@@ -136,10 +136,19 @@ class Peer:
 
             criteria = transformers.StoppingCriteriaList([long_enough])
             self.model.generate(
-                ids, attention_mask=mask, do_sample=True, temperature=0.7, top_k=0, top_p=1.0,
-                num_return_sequences=group_size, max_new_tokens=max(own), pad_token_id=0, eos_token_id=None,
-                stopping_criteria=criteria, use_cache=True,
-            )  # fmt: skip
+                ids,
+                attention_mask=mask,
+                do_sample=True,
+                temperature=0.7,
+                top_k=0,
+                top_p=1.0,
+                num_return_sequences=group_size,
+                max_new_tokens=max(own),
+                pad_token_id=0,
+                eos_token_id=None,
+                stopping_criteria=criteria,
+                use_cache=True,
+            )
 
 
 def seconds(work) -> float:

@@ -87,8 +87,12 @@ def prefill(model: Transformer, flops_per_s: float) -> dict:
     head = config.vocab_size * config.hidden_size
     flops = 2 * (weight_elements(config) - head) * sum(lengths) + 2 * head * len(lengths)
     flops += sum(2 * config.num_hidden_layers * config.hidden_size * n * n for n in lengths)  # causal scores and mix
-    return {"prompt tokens": sum(lengths), "s": seconds, "tokens/s": sum(lengths) / seconds,
-            "of matmul rate": flops / seconds / flops_per_s}  # fmt: skip
+    return {
+        "prompt tokens": sum(lengths),
+        "s": seconds,
+        "tokens/s": sum(lengths) / seconds,
+        "of matmul rate": flops / seconds / flops_per_s,
+    }
 
 
 def decode(model: Transformer, rows: int, bytes_per_s: float) -> dict:
@@ -102,8 +106,13 @@ def decode(model: Transformer, rows: int, bytes_per_s: float) -> dict:
     seconds = (long - short) / steps
     read = sum(each * (len(prompt) + 16 + steps / 2) for prompt in prompts) * kv_bytes(config)
     moved = 2 * weight_elements(config) + read
-    return {"rows": groups * each, "ms/step": 1e3 * seconds, "tokens/s": groups * each / seconds,
-            "GB/step": moved / 1e9, "of bandwidth": moved / bytes_per_s / seconds}  # fmt: skip
+    return {
+        "rows": groups * each,
+        "ms/step": 1e3 * seconds,
+        "tokens/s": groups * each / seconds,
+        "GB/step": moved / 1e9,
+        "of bandwidth": moved / bytes_per_s / seconds,
+    }
 
 
 def batch(model: Transformer, count: int, peer: type | None) -> dict:
@@ -113,8 +122,13 @@ def batch(model: Transformer, count: int, peer: type | None) -> dict:
     caps = lognormal_lengths(rng, count * GROUP, REPLY, 0.8, 8 * REPLY)
     sampler = Sampler(model, [])
     seconds = timed(lambda: sampler.generate(prompts, GROUP, 0.7, caps), 2)
-    result = {"prompts": count, "new tokens": sum(caps), "s": seconds, "tokens/s": sum(caps) / seconds,
-              "put back": sampler.stats.preemptions}  # fmt: skip
+    result = {
+        "prompts": count,
+        "new tokens": sum(caps),
+        "s": seconds,
+        "tokens/s": sum(caps) / seconds,
+        "put back": sampler.stats.preemptions,
+    }
     if peer is None or count > 64:  # the peer's tokens/s hardly depend on the number of batches
         return result | {"generate, tokens/s": "-", "ratio": "-", "generate_batch, tokens/s": "-"}
     other = peer(model)

@@ -21,14 +21,24 @@ def qwen2(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, vocab
     """A Qwen2 of this shape, as transformers would write its config."""
     return parse_config(
         {
-            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "vocab_size": vocab,
-            "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-            "tie_word_embeddings": tied, "max_position_embeddings": 32768, "use_sliding_window": False,
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "hidden_act": "silu",
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": tied,
+            "max_position_embeddings": 32768,
+            "use_sliding_window": False,
             "torch_dtype": "float32",
         },
         "perf",
-    )  # fmt: skip
+    )
 
 
 def small() -> ModelConfig:

@@ -118,14 +118,31 @@ class Peer:
     def __init__(self, work: Workload, folder: str, at_once: int):
         self.work, count = work, len(work.lengths)
         config = GRPOConfig(
-            output_dir=f"{folder}/out", use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-            save_strategy="no", logging_strategy="no", disable_tqdm=True, shuffle_dataset=False, max_steps=UPDATES,
-            per_device_train_batch_size=at_once, gradient_accumulation_steps=count // UPDATES // at_once,
-            steps_per_generation=count // at_once, num_generations=GROUP,
-            max_completion_length=max(work.lengths), temperature=TEMPERATURE, epsilon=CLIP, beta=BETA,
-            use_bias_correction_kl=False, loss_type="dapo",  # the plain k3, and the mean over a mini-batch's tokens
-            learning_rate=RATE, lr_scheduler_type="constant", weight_decay=DECAY, max_grad_norm=1.0,
-        )  # fmt: skip
+            output_dir=f"{folder}/out",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            shuffle_dataset=False,
+            max_steps=UPDATES,
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=count // UPDATES // at_once,
+            steps_per_generation=count // at_once,
+            num_generations=GROUP,
+            max_completion_length=max(work.lengths),
+            temperature=TEMPERATURE,
+            epsilon=CLIP,
+            beta=BETA,
+            use_bias_correction_kl=False,
+            loss_type="dapo",  # the plain k3, and the mean over a mini-batch's tokens
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            weight_decay=DECAY,
+            max_grad_norm=1.0,
+        )
         words = {"prompt": [" ".join(f"t{token}" for token in prompt) for prompt in work.prompts]}
         self.trainer = trainer = GRPOTrainer(
             f"{folder}/model", self.reward, config, datasets.Dataset.from_dict(words), processing_class=word_tokenizer()
@@ -201,12 +218,15 @@ def padded(rollouts: list[Rollout], batches: list[PackedBatch]) -> dict[str, Ten
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_side="left")
 
     return {
-        "prompt_ids": left(prompts), "prompt_mask": left([torch.ones_like(ids) for ids in prompts]),
-        "completion_ids": rows("targets"), "completion_mask": as_rows(torch.ones(sum(lengths)).long(), lengths)[0],
-        "old_per_token_logps": rows("old_logprobs"), "ref_per_token_logps": rows("ref_logprobs"),
+        "prompt_ids": left(prompts),
+        "prompt_mask": left([torch.ones_like(ids) for ids in prompts]),
+        "completion_ids": rows("targets"),
+        "completion_mask": as_rows(torch.ones(sum(lengths)).long(), lengths)[0],
+        "old_per_token_logps": rows("old_logprobs"),
+        "ref_per_token_logps": rows("ref_logprobs"),
         "advantages": torch.cat([batch.advantages for batch in batches]),
         "num_items_in_batch": torch.tensor(sum(lengths) * UPDATES),  # TRL's count is of the whole rollout
-    }  # fmt: skip
+    }
 
 
 def check(ours: Ours, peer: Peer) -> list[dict]:
@@ -219,9 +239,10 @@ def check(ours: Ours, peer: Peer) -> list[dict]:
     still = torch.optim.SGD(ours.policy.parameters())
     results = []
     for theirs, how, total in (
-        ("dapo", "token_mean", tokens), ("grpo", "sequence_mean_token_mean", replies),
+        ("dapo", "token_mean", tokens),
+        ("grpo", "sequence_mean_token_mean", replies),
         ("dr_grpo", "dr_grpo", replies * trainer.max_completion_length),
-    ):  # fmt: skip
+    ):
         loss_of = replace(ours.loss, kl_coef=beta, aggregation=how)
         result = optimizer_step(ours.policy, still, batches, loss_of, total, torch.inf, learning_rate=0.0)
         trainer.loss_type = theirs
@@ -232,9 +253,10 @@ def check(ours: Ours, peer: Peer) -> list[dict]:
         other = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
         norm = torch.nn.utils.get_total_norm(other.values()).item()
         gaps = {
-            "loss gap": abs(result.loss / loss.item() - 1), "norm gap": abs(result.grad_norm / norm - 1),
+            "loss gap": abs(result.loss / loss.item() - 1),
+            "norm gap": abs(result.grad_norm / norm - 1),
             "gradient gap": torch.nn.utils.get_total_norm([own[name] - other[name] for name in other]).item() / norm,
-        }  # fmt: skip
+        }
         clipped, count = result.sums["clip_fraction"]
         results.append({"TRL": theirs, "loss": loss.item(), "norm": norm, "clipped": clipped / count} | gaps)
         assert max(gaps.values()) < 1e-3, results[-1]

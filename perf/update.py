@@ -79,8 +79,9 @@ def padded_logprobs(model: Transformer, rollouts: Sequence[Rollout], length: int
 
     positions = torch.arange(length, device=tokens.device).repeat(rows)
     hidden = model(tokens.flatten(), positions, attend).unflatten(0, (rows, length))
-    predictors = torch.cat([hidden[i, len(r.prompt) - 1 : len(r.prompt) + len(r.reply) - 1]
-                            for i, r in enumerate(rollouts)])  # fmt: skip
+    predictors = torch.cat(
+        [hidden[i, len(r.prompt) - 1 : len(r.prompt) + len(r.reply) - 1] for i, r in enumerate(rollouts)]
+    )
     targets = torch.tensor([token for r in rollouts for token in r.reply], device=tokens.device)
     return token_logprobs(predictors, model.head, targets, LOSS.temperature, CHUNK, False)[0]
 
@@ -152,8 +153,16 @@ def cpu(prompts: int, budget: int, repeats: int, compile_parts: bool) -> dict:
     rows = [("form", "tokens in the stream", "s", "times shared")]
     rows += [(name, tokens[name], statistics.median(times[name]), slower[name]) for name in forms]
     print_table(rows)
-    return {"parameters": model.config.num_parameters, "prompts": prompts, "budget": budget, "compiled": compile_parts,
-            "tokens": tokens, "seconds": times, "times_shared": slower, "grad_norm": norms}  # fmt: skip
+    return {
+        "parameters": model.config.num_parameters,
+        "prompts": prompts,
+        "budget": budget,
+        "compiled": compile_parts,
+        "tokens": tokens,
+        "seconds": times,
+        "times_shared": slower,
+        "grad_norm": norms,
+    }
 
 
 # ------------------------------------------------------------------------------------------------ CUDA

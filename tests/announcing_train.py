@@ -46,9 +46,14 @@ def announced(phase, function):
 if os.environ.get("RANK", "0") == "0":
     train.StopRequest = Request
     for name, phase in {
-        "sample": "rollout", "log_probs": "logprobs", "optimizer_step": "update", "evaluate": "eval",
-        "save_checkpoint": "save", "save_model": "export", "load_models": "load",
-    }.items():  # fmt: skip
+        "sample": "rollout",
+        "log_probs": "logprobs",
+        "optimizer_step": "update",
+        "evaluate": "eval",
+        "save_checkpoint": "save",
+        "save_model": "export",
+        "load_models": "load",
+    }.items():
         setattr(train, name, announced(phase, getattr(train, name)))
     update.batch_logprobs = announced("forward", update.batch_logprobs)
 exit_on_user_error(train.main)

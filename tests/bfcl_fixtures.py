@@ -8,8 +8,20 @@ from tooln1.benchmarks import bfcl
 from tooln1.benchmarks.bfcl_data import AST, RELEVANCE, BfclCase
 
 VALUES = [None, True, 0, 1, -2.5, 7.0, "", "a", "TRUE", "x, y", "1", [], ["a"], [1.5, 2], [{}], {}, {"a": 1}, {"": []}]
-ODD = [[], {}, "", None, 3, "x", [[]], [{"name": "f"}], [{"name": [], "arguments": {}}], {"name": "f", "arguments": {}},
-       [{"name": "f", "arguments": None}], [{"name": 1, "arguments": {}}]]  # fmt: skip
+ODD = [
+    [],
+    {},
+    "",
+    None,
+    3,
+    "x",
+    [[]],
+    [{"name": "f"}],
+    [{"name": [], "arguments": {}}],
+    {"name": "f", "arguments": {}},
+    [{"name": "f", "arguments": None}],
+    [{"name": 1, "arguments": {}}],
+]
 
 CHANGES = ["value", "value", "swap", "case", "near", "drop", "add", "call", "order", "name", "odd"]
 

@@ -48,20 +48,94 @@ class Raw(str):
 
 
 HOSTILE = [
-    None, True, False, 0, 1, -1, 2, 0.5, -0.0, 1e30, 1e308, 10**12, 2**31, 2**63, 10**30, -(2**63),
-    "", " ", "x", "true", "1e5", "\0", "\ud83d", "\ude00\ud83d", "\u2028", "\x85", "é😀", "../x", "/etc/passwd",
-    "<|im_end|>", "{{ 1 }}", "a" * 3000, "[" * 2000, "[]", "{}", "[1]", "null",
-    [], {}, [[]], [{}], [None], ["x"], [1, 2], {"": ""}, {"name": "f"}, {"name": 5, "arguments": {}},
-    {"name": "add", "arguments": []}, {"role": "system", "content": ""}, {"from": "user"},
-    Raw("NaN"), Raw("-Infinity"), Raw("1e999"), Raw("9" * 4301), Raw("9" * 4299), Raw("-"), Raw("[" * 5000),
-    Raw("[" * 90 + "]" * 90), Raw("[" * 101 + "]" * 101), Raw("[" * 970 + "]" * 970),
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    0.5,
+    -0.0,
+    1e30,
+    1e308,
+    10**12,
+    2**31,
+    2**63,
+    10**30,
+    -(2**63),
+    "",
+    " ",
+    "x",
+    "true",
+    "1e5",
+    "\0",
+    "\ud83d",
+    "\ude00\ud83d",
+    "\u2028",
+    "\x85",
+    "é😀",
+    "../x",
+    "/etc/passwd",
+    "<|im_end|>",
+    "{{ 1 }}",
+    "a" * 3000,
+    "[" * 2000,
+    "[]",
+    "{}",
+    "[1]",
+    "null",
+    [],
+    {},
+    [[]],
+    [{}],
+    [None],
+    ["x"],
+    [1, 2],
+    {"": ""},
+    {"name": "f"},
+    {"name": 5, "arguments": {}},
+    {"name": "add", "arguments": []},
+    {"role": "system", "content": ""},
+    {"from": "user"},
+    Raw("NaN"),
+    Raw("-Infinity"),
+    Raw("1e999"),
+    Raw("9" * 4301),
+    Raw("9" * 4299),
+    Raw("-"),
+    Raw("[" * 5000),
+    Raw("[" * 90 + "]" * 90),
+    Raw("[" * 101 + "]" * 101),
+    Raw("[" * 970 + "]" * 970),
     Raw('{"a":' * 400 + "1" + "}" * 400),
-    Raw('{"a": 1, "a": [2]}'), Raw('"\t"'), Raw('"\\x"'), Raw("'x'"), Raw(""), Raw("1 2"), Raw("/**/1"), Raw("[1,]"),
-]  # fmt: skip
+    Raw('{"a": 1, "a": [2]}'),
+    Raw('"\t"'),
+    Raw('"\\x"'),
+    Raw("'x'"),
+    Raw(""),
+    Raw("1 2"),
+    Raw("/**/1"),
+    Raw("[1,]"),
+]
 
 
-SIGNS = [b"\0", b"\xff", b"\xef\xbb\xbf", b"\n", b"[", b"]", b"{", b"}", b'"', b",", b"\\", b"\\ud800", b"\xed\xa0\x80",
-         b"\xe2\x80\xa8"]  # fmt: skip
+SIGNS = [
+    b"\0",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"\n",
+    b"[",
+    b"]",
+    b"{",
+    b"}",
+    b'"',
+    b",",
+    b"\\",
+    b"\\ud800",
+    b"\xed\xa0\x80",
+    b"\xe2\x80\xa8",
+]
 
 
 def to_text(value: object, **options: object) -> str:
@@ -143,17 +217,24 @@ def valid_rows(kind: str, count: int) -> list[dict]:
             row["reply"] = format_reply(row["answer"], "I add.")
         return rows
     if kind == "xlam":
-        return [{"query": e.messages[0]["content"], "tools": json.dumps(e.tools), "answers": json.dumps(e.answer)}
-                for e in examples]  # fmt: skip
+        return [
+            {"query": e.messages[0]["content"], "tools": json.dumps(e.tools), "answers": json.dumps(e.answer)}
+            for e in examples
+        ]
     if kind == "toolace":
         head = "Here is a list of functions in JSON format that you can invoke:\n"
         return [
-            {"system": head + json.dumps(e.tools) + ". \nShould you", "conversations": [
-                {"from": "user", "value": e.messages[0]["content"]},
-                {"from": "assistant", "value": "[add(a=1, b=[2, 'x'])]"},
-                {"from": "tool", "value": "[3]"}, {"from": "function_call", "value": json.dumps(e.answer)}]}
+            {
+                "system": head + json.dumps(e.tools) + ". \nShould you",
+                "conversations": [
+                    {"from": "user", "value": e.messages[0]["content"]},
+                    {"from": "assistant", "value": "[add(a=1, b=[2, 'x'])]"},
+                    {"from": "tool", "value": "[3]"},
+                    {"from": "function_call", "value": json.dumps(e.answer)},
+                ],
+            }
             for e in examples
-        ]  # fmt: skip
+        ]
     return [{"id": e.id, "completion": format_reply(e.answer, "x"), "sample": i % 2} for i, e in enumerate(examples)]
 
 
@@ -219,8 +300,13 @@ def base_models(folder: Path) -> list[dict[str, bytes]]:
     """The files of three small model directories: Qwen2 in one file, in shards with an index, LLaMA 3.1."""
     from tooln1 import weights
 
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 64}  # fmt: skip
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     llama = {"model_type": "llama", "tie_word_embeddings": False, "rope_scaling": scaling}
     found = [tiny.write_model(folder / "qwen", **small), tiny.write_model(folder / "llama", **small, **llama)]
@@ -276,8 +362,17 @@ def mutate_model(rng: random.Random, files: dict[str, bytes], folder: Path, mark
         elif how == 3:
             files["chat_template.jinja"] = mutate_bytes(rng, tiny.CHAT_TEMPLATE.encode())
         elif how == 4:
-            bad = rng.choice(["../qwen/model/model.safetensors", "/etc/passwd", "a\0.safetensors", "\ud800.safetensors",
-                              "x" * 300 + ".safetensors", "pytorch_model.bin", "model.safetensors"])  # fmt: skip
+            bad = rng.choice(
+                [
+                    "../qwen/model/model.safetensors",
+                    "/etc/passwd",
+                    "a\0.safetensors",
+                    "\ud800.safetensors",
+                    "x" * 300 + ".safetensors",
+                    "pytorch_model.bin",
+                    "model.safetensors",
+                ]
+            )
             files["model.safetensors.index.json"] = json.dumps({"weight_map": {"lm_head.weight": bad}}).encode()
         elif name.endswith(".safetensors"):
             try:
@@ -297,8 +392,15 @@ def mutate_model(rng: random.Random, files: dict[str, bytes], folder: Path, mark
     if rng.random() < 0.08:  # something that is no file
         place = folder / rng.choice(sorted([*files, "chat_template.jinja", "model.safetensors.index.json"]))
         place.unlink(missing_ok=True)
-        rng.choice([place.mkdir, lambda: os.mkfifo(place), lambda: place.symlink_to(place.name),
-                    lambda: place.symlink_to("/dev/zero"), lambda: place.symlink_to("nowhere")])()  # fmt: skip
+        rng.choice(
+            [
+                place.mkdir,
+                lambda: os.mkfifo(place),
+                lambda: place.symlink_to(place.name),
+                lambda: place.symlink_to("/dev/zero"),
+                lambda: place.symlink_to("nowhere"),
+            ]
+        )()
 
 
 def use_model(folder: Path, marker: Path) -> None:

@@ -52,16 +52,37 @@ REPLIES_A_STEP = 1000  # add_reply_metrics takes so many at once
 
 # ---------------------------------------------------------------------------------------- what the replies answer
 
-TYPED = {"city": "Bonn", "nights": 2, "rate": 1.5, "quiet": True, "guests": ["a", "b"], "stay": {"x": "y"},
-         "rooms": [{"x": "y"}]}  # fmt: skip
-JAVA = {"array": "new int[] {1, 2}", "list": "new ArrayList<>(Arrays.asList(1, 2))", "long": "5L",
-        "map": 'new HashMap<String, Object>() {{ put("x", "y"); }}'}  # fmt: skip
+TYPED = {
+    "city": "Bonn",
+    "nights": 2,
+    "rate": 1.5,
+    "quiet": True,
+    "guests": ["a", "b"],
+    "stay": {"x": "y"},
+    "rooms": [{"x": "y"}],
+}
+JAVA = {
+    "array": "new int[] {1, 2}",
+    "list": "new ArrayList<>(Arrays.asList(1, 2))",
+    "long": "5L",
+    "map": 'new HashMap<String, Object>() {{ put("x", "y"); }}',
+}
 JAVASCRIPT = {"array": "[1, 2]", "rows": "[[1, 2], [3]]", "dict": "{x: 1, y: 'z'}", "float": "1.5", "big": "7n"}
-CALLS = {name: {"name": name, "arguments": arguments}
-         for name, arguments in (("book", TYPED), ("java", JAVA), ("script", JAVASCRIPT), ("clock", {}))}  # fmt: skip
+CALLS = {
+    name: {"name": name, "arguments": arguments}
+    for name, arguments in (("book", TYPED), ("java", JAVA), ("script", JAVASCRIPT), ("clock", {}))
+}
 ODD = {"name": "odd\ud800", "arguments": {"x": float("nan"), "y": [[[]], {"": -0.0}], "z": "\0</tool_call>"}}
-ANSWERS = ([], [CALLS["book"]], [CALLS["clock"]], [CALLS["java"]], [CALLS["script"]],
-           [CALLS["book"], CALLS["clock"], CALLS["clock"]], [ODD], json.dumps([CALLS["book"]]))  # fmt: skip
+ANSWERS = (
+    [],
+    [CALLS["book"]],
+    [CALLS["clock"]],
+    [CALLS["java"]],
+    [CALLS["script"]],
+    [CALLS["book"], CALLS["clock"], CALLS["clock"]],
+    [ODD],
+    json.dumps([CALLS["book"]]),
+)
 
 
 def typed(kind: str, element: str = "") -> dict:
@@ -75,20 +96,44 @@ def bench_cases() -> dict[str, tuple[Callable[..., Verdict], Case]]:
         return {"name": name, "parameters": {"type": "dict", "properties": properties, "required": []}}
 
     python = function(
-        "book", city=typed("string"), nights=typed("integer"), rate=typed("float"), quiet=typed("boolean"),
-        guests=typed("array", "string"), stay=typed("dict"), rooms=typed("array", "dict"),
-    )  # fmt: skip
-    java = function("java", array=typed("Array", "integer"), list=typed("ArrayList", "integer"), long=typed("long"),
-                    map=typed("HashMap"))  # fmt: skip
-    script = function("script", array=typed("array", "integer"), rows=typed("array", "array"), dict=typed("dict"),
-                      float=typed("float"), big=typed("Bigint"))  # fmt: skip
+        "book",
+        city=typed("string"),
+        nights=typed("integer"),
+        rate=typed("float"),
+        quiet=typed("boolean"),
+        guests=typed("array", "string"),
+        stay=typed("dict"),
+        rooms=typed("array", "dict"),
+    )
+    java = function(
+        "java",
+        array=typed("Array", "integer"),
+        list=typed("ArrayList", "integer"),
+        long=typed("long"),
+        map=typed("HashMap"),
+    )
+    script = function(
+        "script",
+        array=typed("array", "integer"),
+        rows=typed("array", "array"),
+        dict=typed("dict"),
+        float=typed("float"),
+        big=typed("Bigint"),
+    )
     ace_stay = python["parameters"]["properties"] | {"stay": typed("object")}
     ace = {"name": "book", "parameters": {"type": "object", "properties": ace_stay, "required": ["city"]}}
     accepted = {key: [value, ""] for key, value in TYPED.items()}
     accepted |= {"stay": [{"x": ["y"]}, ""], "rooms": [[{"x": ["y"]}], ""]}
-    sources = ({"array": [[1, 2], ""], "list": [[1, 2], ""], "long": [5, ""], "map": [{"x": ["y"]}, ""]},
-               {"array": [[1, 2], ""], "rows": [[[1, 2], [3]], ""], "dict": [{"x": [1], "y": ["z"]}, ""],
-                "float": [1.5, ""], "big": [7, ""]})  # fmt: skip
+    sources = (
+        {"array": [[1, 2], ""], "list": [[1, 2], ""], "long": [5, ""], "map": [{"x": ["y"]}, ""]},
+        {
+            "array": [[1, 2], ""],
+            "rows": [[[1, 2], [3]], ""],
+            "dict": [{"x": [1], "y": ["z"]}, ""],
+            "float": [1.5, ""],
+            "big": [7, ""],
+        },
+    )
 
     def of_bfcl(category: str, gold: list, described: dict):
         return bfcl.score, BfclCase("c", category, None, gold, [described])
@@ -106,28 +151,141 @@ def bench_cases() -> dict[str, tuple[Callable[..., Verdict], Case]]:
         "acebench twice": of_acebench({"book": TYPED, "book_1": TYPED}),
         "api_bank": (api_bank.score, Case("c", "level 1", None, [CALLS["book"]])),
         "examples": (examples.score, Case("c", "demo", None, ANSWERS[5])),
-    }  # fmt: skip
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ the replies
 
 TAGS = (THINK_OPEN, THINK_CLOSE, CALL_OPEN, CALL_CLOSE)
 MARKERS = (ASSISTANT_MARKER, "<|im_start|>", "<tool_call", "</tool_call", "tool_call>", "<tools>", "</", *STOP_TOKENS)
-NUMBERS = ("0", "-0", "-0.0", "1e999", "-1e-999", "NaN", "Infinity", "-Infinity", "0x10", "01", "1_000", "1.", "+1",
-           "1E5", "-", "9" * 4300, "9" * 4301, "9" * 5000, "-" + "1" * 5000, "1." + "3" * 400,
-           "1e" + "9" * 30)  # fmt: skip
-STRINGS = ('""', '"Bonn"', '"\\ud800"', '"\\udc00\\ud83d"', '"\\ud83d\\ude00"', '"\ud800"', '"\\u0000"', '"\0"', '"\t"',
-           '"\\x"', '"\\"', '"a', "'a'", '"<think>"', '"é\u0301\u202e\u2028"', '"\U0001f600"')  # fmt: skip
-SYNTAX = ("[", "]", "{", "}", ",", ":", "[]", "{}", "[[", "]]", "[{", "}]", '{"a":', '"a":1,"a":2', '{"":', "(", ")",
-          '"', "'", "\\", "\n", " ", "null", "true", "false", "None", "True", "undefined", "//", "```json",
-          "\ufeff")  # fmt: skip
-SOURCE = ("new int[] {", "new ArrayList<>(Arrays.asList(", "new ArrayList<>() {{", "add(1); ", "}}", "))", "[[1], [2]",
-          "new HashMap<", ">()", "new HashMap<String, Object>() {{", 'put("a", 1); ', 'put("', '",', "new Array(",
-          "[1],", "{a: 1, ", "b: ", ":::", "5L", "7n", "1.5f", "book(city='Bonn')", "f(a=", "x[", "lambda:", "-", "**",
-          "f'{a}'", "1 if 1 else ", "not ", "~", "=", "9e9", "\\N{DASH}", "#", "_1", "=[*")  # fmt: skip
+NUMBERS = (
+    "0",
+    "-0",
+    "-0.0",
+    "1e999",
+    "-1e-999",
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "0x10",
+    "01",
+    "1_000",
+    "1.",
+    "+1",
+    "1E5",
+    "-",
+    "9" * 4300,
+    "9" * 4301,
+    "9" * 5000,
+    "-" + "1" * 5000,
+    "1." + "3" * 400,
+    "1e" + "9" * 30,
+)
+STRINGS = (
+    '""',
+    '"Bonn"',
+    '"\\ud800"',
+    '"\\udc00\\ud83d"',
+    '"\\ud83d\\ude00"',
+    '"\ud800"',
+    '"\\u0000"',
+    '"\0"',
+    '"\t"',
+    '"\\x"',
+    '"\\"',
+    '"a',
+    "'a'",
+    '"<think>"',
+    '"é\u0301\u202e\u2028"',
+    '"\U0001f600"',
+)
+SYNTAX = (
+    "[",
+    "]",
+    "{",
+    "}",
+    ",",
+    ":",
+    "[]",
+    "{}",
+    "[[",
+    "]]",
+    "[{",
+    "}]",
+    '{"a":',
+    '"a":1,"a":2',
+    '{"":',
+    "(",
+    ")",
+    '"',
+    "'",
+    "\\",
+    "\n",
+    " ",
+    "null",
+    "true",
+    "false",
+    "None",
+    "True",
+    "undefined",
+    "//",
+    "```json",
+    "\ufeff",
+)
+SOURCE = (
+    "new int[] {",
+    "new ArrayList<>(Arrays.asList(",
+    "new ArrayList<>() {{",
+    "add(1); ",
+    "}}",
+    "))",
+    "[[1], [2]",
+    "new HashMap<",
+    ">()",
+    "new HashMap<String, Object>() {{",
+    'put("a", 1); ',
+    'put("',
+    '",',
+    "new Array(",
+    "[1],",
+    "{a: 1, ",
+    "b: ",
+    ":::",
+    "5L",
+    "7n",
+    "1.5f",
+    "book(city='Bonn')",
+    "f(a=",
+    "x[",
+    "lambda:",
+    "-",
+    "**",
+    "f'{a}'",
+    "1 if 1 else ",
+    "not ",
+    "~",
+    "=",
+    "9e9",
+    "\\N{DASH}",
+    "#",
+    "_1",
+    "=[*",
+)
 TEXTS = ("It asks for Zürich.", "天気", "\0", "\ud83d", "\udc00", "\u0130\ufb01", "\r\n", "\x85", "\u00a0", "a" * 50)
-WELL_FORMED = ("[]", "{}", '{"a":1}', '{"a":{},"b":[]}', "1e-5", "-0.1", "1", "9" * 4300, '"\\ud800"', '"a"', "NaN",
-               "[" * 200 + "]" * 200)  # fmt: skip
+WELL_FORMED = (
+    "[]",
+    "{}",
+    '{"a":1}',
+    '{"a":{},"b":[]}',
+    "1e-5",
+    "-0.1",
+    "1",
+    "9" * 4300,
+    '"\\ud800"',
+    '"a"',
+    "NaN",
+    "[" * 200 + "]" * 200,
+)
 NESTED = (("[", "", "]"), ('{"a":', "1", "}"), ("[[],", "1", "]"), ('[{"a":', "1", "}]"))
 FRAGMENTS = (TAGS, MARKERS, NUMBERS, STRINGS, SYNTAX, SOURCE, TEXTS)
 
@@ -324,8 +482,11 @@ class Findings:
 
     @property
     def slow(self) -> list[str]:
-        return [f"{size}: {seconds:.3f} s by {what}" for size, (seconds, what) in self.worst.items()
-                if seconds > LIMITS[size] and seconds > LIMITS[size] * slowness()]  # fmt: skip
+        return [
+            f"{size}: {seconds:.3f} s by {what}"
+            for size, (seconds, what) in self.worst.items()
+            if seconds > LIMITS[size] and seconds > LIMITS[size] * slowness()
+        ]
 
 
 def check_reply(findings: Findings, index: int, text: str, rows: list[dict]) -> None:

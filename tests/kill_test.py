@@ -30,9 +30,23 @@ LENGTH = {"save": 0.08, "export": 0.05, "load": 2.0}  # seconds in which the kil
 USUALLY = 0.6
 PATIENCE = 240  # seconds in which a phase must come
 DEMO = [
-    "--config", str(ROOT / "configs" / "demo.toml"), "--steps", "10", "--prompts-per-step", "16", "--save-every", "3",
-    "--keep-checkpoints", "2", "--keep-every", "6", "--eval-every", "4", "--eval-rows", "40",
-]  # fmt: skip
+    "--config",
+    str(ROOT / "configs" / "demo.toml"),
+    "--steps",
+    "10",
+    "--prompts-per-step",
+    "16",
+    "--save-every",
+    "3",
+    "--keep-checkpoints",
+    "2",
+    "--keep-every",
+    "6",
+    "--eval-every",
+    "4",
+    "--eval-rows",
+    "40",
+]
 TIMES = ("seconds/", "tokens_per_second/")
 
 

@@ -31,8 +31,12 @@ def rollouts_of(seed: int, groups: int = 5, size: int = 3) -> list[Rollout]:
         return torch.randint(0, 255, (length,), generator=generator).tolist()
 
     prompts = [tokens(30) for _ in range(groups)]
-    return [Rollout(g, s, prompts[g], reply, [0.0] * len(reply), True)
-            for g in range(groups) for s in range(size) for reply in [tokens(20)]]  # fmt: skip
+    return [
+        Rollout(g, s, prompts[g], reply, [0.0] * len(reply), True)
+        for g in range(groups)
+        for s in range(size)
+        for reply in [tokens(20)]
+    ]
 
 
 def noisy(batch, model, seed):
@@ -78,8 +82,16 @@ def main() -> None:
         copy_weights(policy, target)
         record["weights"] = [p.flatten().tolist() for p in target.parameters()]
         prompts = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15]]
-        sampled = sample_everywhere(Sampler(target, [3]), world, prompts, keys=[4, 3, 2, 1, 0], group_size=2,
-                                    temperature=0.7, max_new_tokens=12, seed=1)  # fmt: skip
+        sampled = sample_everywhere(
+            Sampler(target, [3]),
+            world,
+            prompts,
+            keys=[4, 3, 2, 1, 0],
+            group_size=2,
+            temperature=0.7,
+            max_new_tokens=12,
+            seed=1,
+        )
         record["replies"] = [[r.group, r.sample, r.reply] for r in sampled]
         if action == "save":
             save_checkpoint(Path(folder), steps, policy, optimizer, world, {}, keep=2)

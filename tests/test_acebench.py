@@ -68,8 +68,13 @@ def test_every_case_renders_and_ends_with_the_user():
         assert messages[-1]["role"] == "user" and all(turn["content"] for turn in messages)
         assert '"arguments": {"type"' not in messages[0]["content"]  # nothing tells the answer from the others
     turns = Counter(tuple(turn["role"][0] for turn in case.example.messages) for case in cases)
-    assert turns == {("u",): 324, ("u", "a", "u"): 150, ("u", "a", "a", "u"): 24,
-                     ("u", "a", "u", "a", "u", "a", "u"): 1, ("u", "a", "a", "u", "a", "a", "u"): 1}  # fmt: skip
+    assert turns == {
+        ("u",): 324,
+        ("u", "a", "u"): 150,
+        ("u", "a", "a", "u"): 24,
+        ("u", "a", "u", "a", "u", "a", "u"): 1,
+        ("u", "a", "a", "u", "a", "a", "u"): 1,
+    }
 
 
 def answer_of(case: AceCase) -> list[dict]:
@@ -92,8 +97,12 @@ BOOK = {
 }
 TAXI = {"name": "taxi", "description": "Calls a taxi.", "arguments": {"type": "object"}, "results": {}, "tags": []}
 GOLD = {"hotel_book": {"city": "Bonn", "nights": 2}}
-QUESTION = {"id": "a_0", "question": "user: A room in\nBonn.\nsystem: How long?\nuser: 2 nights.\n",
-            "time": "It is May 1.", "function": [TAXI, BOOK]}  # fmt: skip
+QUESTION = {
+    "id": "a_0",
+    "question": "user: A room in\nBonn.\nsystem: How long?\nuser: 2 nights.\n",
+    "time": "It is May 1.",
+    "function": [TAXI, BOOK],
+}
 
 
 def rows_of(place: int) -> tuple[dict, dict]:
@@ -223,19 +232,39 @@ def test_totals_are_unweighted_means_by_both_rules():
     tallies |= {row_by_rule(category, TEXT): Tally(0, 50) for category in CATEGORIES}
     tallies[CATEGORIES[-1]] = Tally(100, 100)
     assert totals(tallies) == {
-        "atom, official text": 0, "single-turn, official text": 0, "overall, official text": 0,
-        "atom, decoded calls": pytest.approx(0.05), "single-turn, decoded calls": pytest.approx(0.56),
+        "atom, official text": 0,
+        "single-turn, official text": 0,
+        "overall, official text": 0,
+        "atom, decoded calls": pytest.approx(0.05),
+        "single-turn, decoded calls": pytest.approx(0.56),
         "overall, decoded calls": pytest.approx(1.42 / 8),
-    }  # fmt: skip
+    }
     assert totals({"normal_atom_bool": Tally(1, 2)}) == {}
 
 
 HOSTILE = [
-    "-" * 60000 + "1", "1" + "+1" * 30000, "2" + "**2" * 20000, "a" + ".a" * 30000, "a" + "()" * 30000,
-    "a" + "[0]" * 20000, "lambda:" * 9000 + "1", "(" * 60000, "[" * 199 + "]" * 199, "{1:" * 199 + "1" + "}" * 199,
-    "f(a=" * 150, "{**" * 150 + "}" * 150, "1" + "<1" * 30000, "'" * 60001, '"\\d' * 20000, "\0", "\ud800",
-    "9**" * 50 + "9", "f'" + "{a}" * 20000 + "'", "[" + "f()," * 16000 + "]", "x" * (MAX_TEXT + 1),
-]  # fmt: skip
+    "-" * 60000 + "1",
+    "1" + "+1" * 30000,
+    "2" + "**2" * 20000,
+    "a" + ".a" * 30000,
+    "a" + "()" * 30000,
+    "a" + "[0]" * 20000,
+    "lambda:" * 9000 + "1",
+    "(" * 60000,
+    "[" * 199 + "]" * 199,
+    "{1:" * 199 + "1" + "}" * 199,
+    "f(a=" * 150,
+    "{**" * 150 + "}" * 150,
+    "1" + "<1" * 30000,
+    "'" * 60001,
+    '"\\d' * 20000,
+    "\0",
+    "\ud800",
+    "9**" * 50 + "9",
+    "f'" + "{a}" * 20000 + "'",
+    "[" + "f()," * 16000 + "]",
+    "x" * (MAX_TEXT + 1),
+]
 
 
 def test_hostile_texts_get_a_verdict_soon():

@@ -49,9 +49,15 @@ def test_agreement_with_the_executing_evaluator():
             differ[why_right_by_execution(row)] += 1
     assert (agree, judged) == (1586, 1721)
     assert differ == {
-        "list as a string": 55, "earlier turns": 17, "no such parameter": 6, "case of the result": 6,
-        "space": 21, "own type": 11, "letter case": 8, "compared loosely": 11,
-    }  # fmt: skip
+        "list as a string": 55,
+        "earlier turns": 17,
+        "no such parameter": 6,
+        "case of the result": 6,
+        "space": 21,
+        "own type": 11,
+        "letter case": 8,
+        "compared loosely": 11,
+    }
 
 
 def why_not_right_by_execution(row: dict) -> str:
@@ -111,10 +117,20 @@ def api(name: str, output=None, **arguments) -> dict:
     return {"role": "API", "api_name": name, "param_dict": arguments, "result": result}
 
 
-FIRST = [user("Wake me at 7."), ai("Token?"), user("t1"), api("Check", "ok", token="t1"),
-         api("AddAlarm", "done", time="7"), ai("Done.")]  # fmt: skip
-SEARCHING = [user("Wake me."), api("ToolSearcher", [{"name": "AddAlarm"}], keywords="alarm"),
-             api("AddAlarm", "done", time="7"), ai("Done.")]  # fmt: skip
+FIRST = [
+    user("Wake me at 7."),
+    ai("Token?"),
+    user("t1"),
+    api("Check", "ok", token="t1"),
+    api("AddAlarm", "done", time="7"),
+    ai("Done."),
+]
+SEARCHING = [
+    user("Wake me."),
+    api("ToolSearcher", [{"name": "AddAlarm"}], keywords="alarm"),
+    api("AddAlarm", "done", time="7"),
+    ai("Done."),
+]
 WITHOUT_SEARCH = [user("Wake me."), api("AddAlarm", "done", time="7"), ai("Done.")]
 DOCS = [
     {"name": name, "description": f"{name}!", "input_parameters": {key: {"type": "str"}}, "output_parameters": {}}
@@ -170,8 +186,11 @@ def test_a_case_is_an_api_turn_with_what_stands_before_it(tmp_path):
         for name, key in (("AddAlarm", "time"), ("Check", "token"))
     ]
     assert [case.example.tools for case in cases] == [tools, tools, tools, tools[:1]]
-    said = [{"role": "user", "content": "Wake me at 7."}, {"role": "assistant", "content": "Token?"},
-            {"role": "user", "content": "t1"}]  # fmt: skip
+    said = [
+        {"role": "user", "content": "Wake me at 7."},
+        {"role": "assistant", "content": "Token?"},
+        {"role": "user", "content": "t1"},
+    ]
     called = [
         {"role": "assistant", "content": '[{"name": "Check", "arguments": {"token": "t1"}}]'},
         {"role": "tool", "content": '[{"name": "Check", "results": "ok"}]'},
@@ -187,8 +206,10 @@ def test_other_layouts_hold_the_same(tmp_path):
     assert load(tmp_path) == cases  # a checkout
     assert load(tmp_path / "api-bank" / "lv1-lv2-samples") == cases  # the tools are described above
     rows = {GIVEN: [("b-level-1-1", FIRST)], SEARCHED: [("a-level-3-1", SEARCHING), ("a-level-3-2", WITHOUT_SEARCH)]}
-    rows = {f"{Path(folder).name}.jsonl": lines([{"file": f"{name}.jsonl", "turns": turns} for name, turns in found])
-            for folder, found in rows.items()}  # fmt: skip
+    rows = {
+        f"{Path(folder).name}.jsonl": lines([{"file": f"{name}.jsonl", "turns": turns} for name, turns in found])
+        for folder, found in rows.items()
+    }
     assert load(write(tmp_path / "rows", rows | {"api_docs.json": json.dumps(DOCS)})) == cases
     (tmp_path / "api-bank" / "api_docs.json").unlink()
     write(tmp_path / "api-bank", {"apis/alarm.py": SOURCE, "apis/api.py": "class API:\n    x = 1\n"})
@@ -204,7 +225,7 @@ def test_other_layouts_hold_the_same(tmp_path):
         ({f"{GIVEN}/b.jsonl": lines([api("Check") | {"param_dict": []}])}, 'line 1: "param_dict" must be an object'),
         ({f"{GIVEN}/b.jsonl": lines([user("x"), api("Buy")])}, "line 2: the tool 'Buy' is called, but nothing"),
         ({f"{GIVEN}/b.jsonl": ""}, "level-1-given-desc holds no dialogues"),
-        ({f"{GIVEN}.jsonl": lines([{"file": "b", "turns": FIRST}] * 2)}, 'line 2, turn 3: the id .* was given before'),
+        ({f"{GIVEN}.jsonl": lines([{"file": "b", "turns": FIRST}] * 2)}, "line 2, turn 3: the id .* was given before"),
         ({f"{GIVEN}.jsonl": lines([{"file": "b", "turns": ["x"]}])}, "line 1, turn 0: expected a turn, found a string"),
         ({f"{GIVEN}.jsonl": lines([{"file": "b"}])}, 'line 1: the key "turns" is missing'),
         ({}, "holds no API-Bank dialogues"),
@@ -212,7 +233,7 @@ def test_other_layouts_hold_the_same(tmp_path):
         ({f"{GIVEN}/b.jsonl": lines(FIRST), "api_docs.json": None}, "nothing describes the tools of"),
         ({f"{GIVEN}/b.jsonl": lines(FIRST), "api_docs.json": None, "apis/a.py": "def"}, "a.py cannot be read"),
     ],
-)  # fmt: skip
+)
 def test_mangled_data_are_named_with_file_and_row(tmp_path, files, words):
     files = {"api_docs.json": json.dumps(DOCS)} | files
     folder = write(tmp_path / "deep" / "er", {name: text for name, text in files.items() if text is not None})
@@ -222,8 +243,10 @@ def test_mangled_data_are_named_with_file_and_row(tmp_path, files, words):
 
 # -------------------------------------------------------------------------------------------------------- scoring
 
-CHECK, ALARM = ({"name": name, "arguments": {key: value}} for name, key, value in
-                (("Check", "token", "t1"), ("AddAlarm", "time", "7")))  # fmt: skip
+CHECK, ALARM = (
+    {"name": name, "arguments": {key: value}}
+    for name, key, value in (("Check", "token", "t1"), ("AddAlarm", "time", "7"))
+)
 
 
 @pytest.mark.parametrize(
@@ -303,9 +326,29 @@ def test_totals_say_what_they_are():
 def test_any_reply_gets_a_verdict(tmp_path):
     rng, case = random.Random(0), load(write(tmp_path, OFFICIAL))[0]
     parts = [
-        "<tool_call>", "</tool_call>", "<think>", "[", "]", "{", "}", '"name"', ":", ",", '"Check"', '"arguments"',
-        '{"token": "t1"}', json.dumps([CHECK]), json.dumps(CHECK), "1", "null", "\ud800", "\\", " ", "NaN", "[" * 3000,
-    ]  # fmt: skip
+        "<tool_call>",
+        "</tool_call>",
+        "<think>",
+        "[",
+        "]",
+        "{",
+        "}",
+        '"name"',
+        ":",
+        ",",
+        '"Check"',
+        '"arguments"',
+        '{"token": "t1"}',
+        json.dumps([CHECK]),
+        json.dumps(CHECK),
+        "1",
+        "null",
+        "\ud800",
+        "\\",
+        " ",
+        "NaN",
+        "[" * 3000,
+    ]
     right = Counter()
     for _ in range(3000):
         inside = "".join(rng.choices(parts, k=rng.randrange(4)))

@@ -93,8 +93,12 @@ def logprobs_and_gradients(model, batches):
         hidden = model(batch.tokens, batch.positions, PackedAttention(batch.segments, "cpu"))
         logprobs, _ = token_logprobs(hidden[batch.predictors], model.head, batch.targets, 0.7, chunk=16)
         by_row.update(zip(batch.rows, logprobs.split(list(batch.lengths)), strict=True))
-        weights = torch.cat([torch.linspace(0.5, 1.5, n, dtype=torch.float64) * (r + 1) for r, n in
-                             zip(batch.rows, batch.lengths, strict=True)])  # fmt: skip
+        weights = torch.cat(
+            [
+                torch.linspace(0.5, 1.5, n, dtype=torch.float64) * (r + 1)
+                for r, n in zip(batch.rows, batch.lengths, strict=True)
+            ]
+        )
         (logprobs * weights).sum().backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     return torch.cat([by_row[row] for row in sorted(by_row)]).detach(), gradient
@@ -176,6 +180,10 @@ def test_a_reply_does_not_see_its_siblings():
         changed[key] += 1
         sees[:, key] = (PackedAttention((segment,), "cpu")(0, q, k, changed) - out).abs().amax((1, 2)) > 1e-6
     assert sees.int().tolist() == [
-        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1],
-    ]  # fmt: skip
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 1],
+    ]
     torch.testing.assert_close(out[:4], causal(0, q[:4], k[:4], v[:4]))

@@ -51,10 +51,20 @@ def test_accepted_answers_fed_back_reach_the_ceilings_in_time(cases):
         by_category[case.category] = Tally(before.right + right[name], before.count + 1)
     assert list(by_category) == list(bfcl.CATEGORIES)
     assert {name: tally.count for name, tally in by_category.items()} == {
-        "simple_python": 400, "simple_java": 100, "simple_javascript": 50, "multiple": 200, "parallel": 200,
-        "parallel_multiple": 200, "irrelevance": 240, "live_simple": 258, "live_multiple": 1053, "live_parallel": 16,
-        "live_parallel_multiple": 24, "live_irrelevance": 884, "live_relevance": 16,
-    }  # fmt: skip
+        "simple_python": 400,
+        "simple_java": 100,
+        "simple_javascript": 50,
+        "multiple": 200,
+        "parallel": 200,
+        "parallel_multiple": 200,
+        "irrelevance": 240,
+        "live_simple": 258,
+        "live_multiple": 1053,
+        "live_parallel": 16,
+        "live_parallel_multiple": 24,
+        "live_irrelevance": 884,
+        "live_relevance": 16,
+    }
     assert by_category["simple_java"].right == 97
     assert by_category["live_simple"].right == 256 and by_category["live_multiple"].right == 1051
     assert math.isclose(bfcl.totals(by_category)["simple"], 0.99)
@@ -73,10 +83,17 @@ PAPER = {  # right replies in the order of COUNTS; the paper's simple, non-live,
     "14B": ((367, 70, 40, 192, 187, 184, 217, 854, 13, 16), (80.58, 90.52, 81.42, 85.97)),
 }
 COUNTS = {
-    "simple_python": 400, "simple_java": 100, "simple_javascript": 50, "multiple": 200, "parallel": 200,
-    "parallel_multiple": 200, "live_simple": 258, "live_multiple": 1053, "live_parallel": 16,
+    "simple_python": 400,
+    "simple_java": 100,
+    "simple_javascript": 50,
+    "multiple": 200,
+    "parallel": 200,
+    "parallel_multiple": 200,
+    "live_simple": 258,
+    "live_multiple": 1053,
+    "live_parallel": 16,
     "live_parallel_multiple": 24,
-}  # fmt: skip
+}
 
 
 def figures(by_category: dict[str, Tally]) -> dict[str, float]:

@@ -9,21 +9,36 @@ from tooln1.prompt import build_messages
 
 STRINGS = "type parameter in string representation."
 NOTES = {  # category -> (language, declared parameter, what its description gains)
-    "simple_java": ("Java 8 SDK", [
-        (typed("any"), "This parameter can be of any type of Java object in string representation."),
-        (typed("long"), f"This is Java long {STRINGS}"),
-        (typed("ArrayList", "char"), f"This is Java ArrayList {STRINGS} The list elements are of type char; they are "
-                                     "not in string representation."),
-    ]),
-    "simple_javascript": ("JavaScript", [
-        (typed("any"), "This parameter can be of any type of JavaScript object in string representation."),
-        (typed("array", "float"), f"This is JavaScript array {STRINGS} The list elements are of type float; they are "
-                                  "not in string representation."),
-        (typed("dict"), f"This is JavaScript dict {STRINGS}"),
-        (typed("dict") | {"properties": {"a": 1}}, f"This is JavaScript dict {STRINGS} The dictionary entries have the "
-                                                   'following schema; they are not in string representation. {"a": 1}'),
-    ]),
-}  # fmt: skip
+    "simple_java": (
+        "Java 8 SDK",
+        [
+            (typed("any"), "This parameter can be of any type of Java object in string representation."),
+            (typed("long"), f"This is Java long {STRINGS}"),
+            (
+                typed("ArrayList", "char"),
+                f"This is Java ArrayList {STRINGS} The list elements are of type char; they are "
+                "not in string representation.",
+            ),
+        ],
+    ),
+    "simple_javascript": (
+        "JavaScript",
+        [
+            (typed("any"), "This parameter can be of any type of JavaScript object in string representation."),
+            (
+                typed("array", "float"),
+                f"This is JavaScript array {STRINGS} The list elements are of type float; they are "
+                "not in string representation.",
+            ),
+            (typed("dict"), f"This is JavaScript dict {STRINGS}"),
+            (
+                typed("dict") | {"properties": {"a": 1}},
+                f"This is JavaScript dict {STRINGS} The dictionary entries have the "
+                'following schema; they are not in string representation. {"a": 1}',
+            ),
+        ],
+    ),
+}
 
 
 @pytest.mark.parametrize("category", NOTES)
@@ -55,9 +70,15 @@ def test_the_prompt_holds_the_tools_and_no_system_message_of_the_data(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "below", [".", "data", "bfcl_eval/data", "berkeley-function-call-leaderboard/bfcl_eval/data",
-              "berkeley-function-call-leaderboard/data"],
-)  # fmt: skip
+    "below",
+    [
+        ".",
+        "data",
+        "bfcl_eval/data",
+        "berkeley-function-call-leaderboard/bfcl_eval/data",
+        "berkeley-function-call-leaderboard/data",
+    ],
+)
 def test_data_are_found_where_installations_have_them(tmp_path, below):
     gold = [{"f": {}}]
     folder = write_category(tmp_path / below, "live_simple", [function()], gold, ids=["live_simple_0-0-0"])
@@ -101,7 +122,7 @@ BAD_DATA = [  # what write_category writes, and the words of the sentence
     ({"functions": [function(p=typed("array"))]}, 'the key "items" is missing'),
     ({"functions": [function(p=typed("array", "list"))]}, "parameter 'p' of 'f', items: unknown type 'list'"),
     ({"functions": [function(required=[1])]}, '"required" must be a list of names'),
-    ({"functions": [function(description=None)]}, "\"description\" must be a string, found null"),
+    ({"functions": [function(description=None)]}, '"description" must be a string, found null'),
     ({"gold": []}, '"ground_truth" is empty'),
     ({"gold": {}}, '"ground_truth" must be a list, found an object'),
     ({"gold": [None]}, "ground_truth: expected an object, found null"),
@@ -110,7 +131,7 @@ BAD_DATA = [  # what write_category writes, and the words of the sentence
     ({"gold": [{"f": {"p": 5}}]}, "'f': \"p\" must be a list, found a number"),
     ({"gold": [{"f": {"p": [{"a": 5}]}}]}, "'p' of 'f': 'a' must have a list of accepted values, found a number"),
     ({"gold": [{"f": {"p": [[{"a": 5}]]}}]}, "'p' of 'f': 'a' must have a list of accepted values, found a number"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "words"), BAD_DATA)

@@ -17,7 +17,7 @@ from tooln1.checkpoint import (
     save_checkpoint,
     set_aside,
     unfinished,
-)  # fmt: skip
+)
 from tooln1.distributed import World
 from tooln1.errors import UserError, clear_up
 from tooln1.model import load_model
@@ -105,10 +105,14 @@ def test_the_newest_whole_one_is_chosen_and_the_others_are_named(tmp_path):
     assert name == "step-000002"
     for line, words in zip(
         skipped,
-        ["000006 (rank-00000-of-00001.safetensors is not as it was written",
-         "000005 (rank-00000-of-00001.safetensors has", "000004 (rank-00000-of-00001.safetensors is missing",
-         "000003 (index.json cannot be read"], strict=True,
-    ):  # fmt: skip
+        [
+            "000006 (rank-00000-of-00001.safetensors is not as it was written",
+            "000005 (rank-00000-of-00001.safetensors has",
+            "000004 (rank-00000-of-00001.safetensors is missing",
+            "000003 (index.json cannot be read",
+        ],
+        strict=True,
+    ):
         assert line.startswith("step-" + words)
 
 
@@ -176,9 +180,12 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     model, optimizer = trained()
     save(tmp_path, 1, model, optimizer)
     assert done == [
-        ("flush", "rank-00000-of-00001.safetensors"), ("flush", "index.json"), ("flush", ".step-000001.tmp"),
-        ("put_in_place", ".step-000001.tmp"), ("_retire", tmp_path.name),
-    ]  # fmt: skip
+        ("flush", "rank-00000-of-00001.safetensors"),
+        ("flush", "index.json"),
+        ("flush", ".step-000001.tmp"),
+        ("put_in_place", ".step-000001.tmp"),
+        ("_retire", tmp_path.name),
+    ]
 
 
 def broken(tmp_path, how):
@@ -206,9 +213,7 @@ def broken(tmp_path, how):
     return path
 
 
-@pytest.mark.parametrize(
-    "how", ["gone", "cut", "not json", "deep", "no step", "a million ranks", "rows", "tensors"]
-)
+@pytest.mark.parametrize("how", ["gone", "cut", "not json", "deep", "no step", "a million ranks", "rows", "tensors"])
 def test_a_broken_checkpoint_is_a_sentence(tmp_path, how):
     path = broken(tmp_path, how)
     model, optimizer = trained()

@@ -299,9 +299,16 @@ def test_every_preset_loads(path):
 
 def test_all_presets_are_there():
     assert {path.stem for path in PRESETS} >= {
-        "demo", "tool_n1_7b", "tool_n1_14b", "sft", "ablation_format_partial", "ablation_format_name_partial",
-        "ablation_no_think", "ablation_xlam_only", "ablation_toolace_only",
-    }  # fmt: skip
+        "demo",
+        "tool_n1_7b",
+        "tool_n1_14b",
+        "sft",
+        "ablation_format_partial",
+        "ablation_format_name_partial",
+        "ablation_no_think",
+        "ablation_xlam_only",
+        "ablation_toolace_only",
+    }
 
 
 @pytest.mark.parametrize("size", ["7", "14"])

@@ -66,9 +66,7 @@ DIALOGUE = (
 
 
 def example(name="e", **changes):
-    plain = Example(
-        name, "mine", "system ", [tool("f"), tool("g")], [{"role": "user", "content": name}], [call("f")]
-    )
+    plain = Example(name, "mine", "system ", [tool("f"), tool("g")], [{"role": "user", "content": name}], [call("f")])
     return replace(plain, **changes)
 
 
@@ -89,9 +87,7 @@ def write(tmp_path):
 
 @pytest.mark.parametrize("array", [False, True])
 def test_xlam_row(write, array):
-    path = write(
-        xlam_row("one"), xlam_row("two", answers=[call("g", x=[1, {"a": None}]), call("f")]), array=array
-    )
+    path = write(xlam_row("one"), xlam_row("two", answers=[call("g", x=[1, {"a": None}]), call("f")]), array=array)
     found = read_xlam(path)
     assert type(found) is list
     assert found[0] == Example(
@@ -131,9 +127,7 @@ def test_toolace_dialogue_gives_one_example_per_call_step(write, array):
 def test_both_sets_of_role_names_give_the_same(write):
     renamed = {"user": "human", "assistant": "gpt", "tool": "observation"}
     sharegpt = [(renamed[role], text) for role, text in DIALOGUE]
-    as_call = [
-        (role if text[0] != "[" or role != "gpt" else "function_call", text) for role, text in sharegpt
-    ]
+    as_call = [(role if text[0] != "[" or role != "gpt" else "function_call", text) for role, text in sharegpt]
     as_json = [
         (role, json.dumps([call("f", x="a) b", y=True), call("g/h")]) if i == 1 else text)
         for i, (role, text) in enumerate(as_call)
@@ -149,9 +143,7 @@ def test_dropped_steps_are_counted_by_reason(write):
         toolace_row(question, ("assistant", "[f(x=1)]")),  # kept
         toolace_row(question, ("assistant", "Hello")),
         toolace_row(question, ("assistant", "[]")),
-        toolace_row(
-            question, ("assistant", "[f(x=1)] ")
-        ),  # as in the released code: no space around the brackets
+        toolace_row(question, ("assistant", "[f(x=1)] ")),  # as in the released code: no space around the brackets
         toolace_row(question, ("assistant", "[h(x=1)]")),
         toolace_row(question, ("assistant", "[No function can be used (sorry)]")),
         toolace_row(question, ("assistant", "[f(5)]")),
@@ -237,9 +229,7 @@ MALFORMED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "text", "reason"), [(k, *case) for k, cases in MALFORMED.items() for case in cases]
-)
+@pytest.mark.parametrize(("kind", "text", "reason"), [(k, *case) for k, cases in MALFORMED.items() for case in cases])
 def test_malformed_raw_file_names_file_row_and_reason(tmp_path, kind, text, reason):
     path = tmp_path / "raw.json"
     path.write_text(text)
@@ -315,9 +305,7 @@ def test_more_malformed_examples(write, tmp_path):
         read_examples(write(vars(example()), vars(example())))
     with pytest.raises(UserError, match="line 1: NaN is not a JSON value"):
         read_examples(write(vars(example(answer=[call("f", x=math.nan)]))))
-    (tmp_path / "huge").write_text(
-        json.dumps(vars(example(answer=[call("f", x=1)]))).replace(": 1}", ": 1e999}")
-    )
+    (tmp_path / "huge").write_text(json.dumps(vars(example(answer=[call("f", x=1)]))).replace(": 1}", ": 1e999}"))
     with pytest.raises(UserError, match="infinity"):
         read_examples(tmp_path / "huge")
 
@@ -381,9 +369,7 @@ def command(*args):
 
 
 def test_command_writes_both_sides_and_a_report(write, tmp_path):
-    xlam = write(
-        *[xlam_row(f"q{i}") for i in range(20)], xlam_row(answers=[call("h")]), name="x.json", array=True
-    )
+    xlam = write(*[xlam_row(f"q{i}") for i in range(20)], xlam_row(answers=[call("h")]), name="x.json", array=True)
     toolace = write(
         *[toolace_row(*((r, t + str(i) * (r == "user")) for r, t in DIALOGUE)) for i in range(10)],
         name="t.jsonl",

@@ -103,16 +103,22 @@ def test_the_set_has_the_variety_it_promises(splits):
     types = {about["type"] for example in examples for tool in example.tools for about in tool["parameters"].values()}
     assert {"str", "int", "float", "List[str]", "bool, optional", "int, optional", "str, optional"} <= types
     assert {type(value) for e in examples for call in e.answer for value in call["arguments"].values()} == {
-        str, int, float, bool, list,
-    }  # fmt: skip
+        str,
+        int,
+        float,
+        bool,
+        list,
+    }
 
 
 def test_a_sibling_of_a_wanted_tool_is_among_the_candidates(splits):
     family_of = {tool[0]: number for number, family in enumerate(FAMILIES) for tool in family}
     offered = [
         any(family_of[tool["name"]] == family_of[call["name"]] and tool["name"] != call["name"] for tool in e.tools)
-        for e in splits["train"] for call in e.answer[:1] if len(e.answer) == 1
-    ]  # fmt: skip
+        for e in splits["train"]
+        for call in e.answer[:1]
+        if len(e.answer) == 1
+    ]
     assert all(offered)
 
 
@@ -179,8 +185,12 @@ def test_data_command_writes_all_files_and_rows_to_imitate(tmp_path, monkeypatch
         monkeypatch.setitem(demo.SIZES, split, 12)
     demo.write_data(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "copy.jsonl", "heldout.jsonl", "pretrain.jsonl", "train.jsonl", "warmstart.jsonl",
-    ]  # fmt: skip
+        "copy.jsonl",
+        "heldout.jsonl",
+        "pretrain.jsonl",
+        "train.jsonl",
+        "warmstart.jsonl",
+    ]
     for split in ("copy", "pretrain", "warmstart"):
         pairs = read_pairs(tmp_path / f"{split}.jsonl")
         assert len(pairs) == 12 and all(reply for _, reply in pairs)

@@ -102,8 +102,15 @@ def asked(monkeypatch) -> list[list[list[int]]]:
 def test_the_score_is_the_one_that_train_prints(model, data, tmp_path, capsys, asked, think):
     paths = {"model": model, "train_data": data, "eval_data": data, "run_dir": tmp_path / "run"}
     paths = {name: str(path) for name, path in paths.items()}
-    config = Config(**paths, max_reply_tokens=3, think=think, steps=1, eval_bench=f"examples={data}",
-                    prompts_per_step=4, prompts_per_minibatch=4)  # fmt: skip
+    config = Config(
+        **paths,
+        max_reply_tokens=3,
+        think=think,
+        steps=1,
+        eval_bench=f"examples={data}",
+        prompts_per_step=4,
+        prompts_per_minibatch=4,
+    )
     world = World(0, 1, torch.device("cpu"))
     run = train.build(config, world, *train.prepare(config, world, None), lambda doing: None)
     figures = train.evaluate(run)

@@ -24,9 +24,10 @@ from tooln1.evaluation import (
 from tooln1.evaluation_table import table
 
 ONE, TWO = {"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 2}}
-REPLIES = [
-    f"<think>t</think> <tool_call>{json.dumps(calls)}</tool_call>" for calls in ([ONE], [TWO], [ONE, TWO])
-] + [f"<tool_call>{json.dumps([ONE])}</tool_call>", "<think>t</think> Nothing fits."]
+REPLIES = [f"<think>t</think> <tool_call>{json.dumps(calls)}</tool_call>" for calls in ([ONE], [TWO], [ONE, TWO])] + [
+    f"<tool_call>{json.dumps([ONE])}</tool_call>",
+    "<think>t</think> Nothing fits.",
+]
 
 
 def evaluate(*arguments) -> None:

@@ -62,10 +62,14 @@ class Torchrun(Job):
         command = [sys.executable, *(launcher if processes > 1 else []), "train.py"]
         self.output = self.log.open("w+")
         self.process = subprocess.Popen(
-            [*command, *preset(place, name, **changes), *arguments], cwd=ROOT, stdout=self.output,
-            stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-            start_new_session=True, preexec_fn=limit,
-        )  # fmt: skip
+            [*command, *preset(place, name, **changes), *arguments],
+            cwd=ROOT,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+            preexec_fn=limit,
+        )
         self.started.append(self)
 
     def wait_for_text(self, words, seconds=120):
@@ -210,9 +214,14 @@ def test_one_process_asked_is_all_asked(place):
 # Each step has two mini-batches of several micro-batches; steps 0, 2 and 3 are evaluated, and step 3 is the last.
 HOW = dict(steps=3, tokens_per_microbatch=1500, save_every=0, keep_checkpoints=1, eval_before_training=True)
 STOPS = [  # function of train.py that is called, for which time, when the signal comes; steps that are complete
-    ("sample", 2, 1), ("log_probs", 3, 1), ("log_probs", 4, 1), ("optimizer_step", 3, 1), ("optimizer_step", 4, 2),
-    ("evaluate", 2, 2), ("evaluate", 3, 3),
-]  # fmt: skip
+    ("sample", 2, 1),
+    ("log_probs", 3, 1),
+    ("log_probs", 4, 1),
+    ("optimizer_step", 3, 1),
+    ("optimizer_step", 4, 2),
+    ("evaluate", 2, 2),
+    ("evaluate", 3, 3),
+]
 
 
 @pytest.fixture(scope="module")
@@ -277,12 +286,17 @@ def test_processes_stopped_between_micro_batches_save_the_step_before(place, tmp
 
     A step has two micro-batches a rank, and so six forward passes: policy, reference, update.
     """
-    how = HOW | dict(prompts_per_minibatch=4, accumulate_whole="on", eval_before_training=False, eval_every=0,
-                     keep_checkpoints=3)  # fmt: skip
+    how = HOW | dict(
+        prompts_per_minibatch=4, accumulate_whole="on", eval_before_training=False, eval_every=0, keep_checkpoints=3
+    )
     options = preset(place, "two-stopped", **how)
     saved = {}
-    for name, where in (("whole", ""), ("in-logprobs", "forward:7"), ("in-reference", "forward:9"),
-                        ("in-update", "forward:11")):  # fmt: skip
+    for name, where in (
+        ("whole", ""),
+        ("in-logprobs", "forward:7"),
+        ("in-reference", "forward:9"),
+        ("in-update", "forward:11"),
+    ):
         monkeypatch.setenv("STOP_IN", where)
         job = Job(tmp_path / name, [*options, "--save-every", "0" if where else "1"], 2, tmp_path / "announcements")
         assert job.process.wait(timeout=120) == bool(where), job.text()
@@ -341,9 +355,17 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(place, pro
     assert job.end(120)[0] == 0
     before = {path: path.read_bytes() for path in (place / name / "checkpoints").rglob("*") if path.is_file()}
     job = Torchrun(
-        place, name, "--resume", "auto", processes=processes, limit=small_files, steps=9, save_every=1,
-        max_failed_saves=2, eval_every=0,
-    )  # fmt: skip
+        place,
+        name,
+        "--resume",
+        "auto",
+        processes=processes,
+        limit=small_files,
+        steps=9,
+        save_every=1,
+        max_failed_saves=2,
+        eval_every=0,
+    )
     code, _, text = job.end(120)
     assert code == (2 if processes == 1 else 1), text
     assert text.count("warning: the checkpoint") == 1 and "step-000003 could not be written" in text
@@ -380,8 +402,10 @@ def test_a_log_that_cannot_be_written_ends_the_run_in_words(place, monkeypatch):
         raise OSError(28, "No space left on device")
 
     run(place, "log", steps=1)
-    monkeypatch.setattr("tooln1.metrics.JsonlLog._open", lambda self: type("Full", (), {
-        "write": full, "close": lambda self: None, "fileno": lambda self: 0})())  # fmt: skip
+    monkeypatch.setattr(
+        "tooln1.metrics.JsonlLog._open",
+        lambda self: type("Full", (), {"write": full, "close": lambda self: None, "fileno": lambda self: 0})(),
+    )
     with pytest.raises(UserError, match=r"log/metrics.jsonl cannot be written to: No space left on device"):
         run(place, "log", steps=2, resume="auto")
 

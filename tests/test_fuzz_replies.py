@@ -79,7 +79,7 @@ def worst_cases(size: int) -> dict[str, str]:
         "deep objects": most_of('{"a":', block),
         "just readable": "[" * 900 + most_of("[],", block - 1800) + "[]" + "]" * 900,
         "a block in a string": source(most_of("[[],", block)),
-    }  # fmt: skip
+    }
     calls = {
         "calls": reply(rows('{"name":"book","arguments":{}}')),
         "three calls": reply(json.dumps([{"name": "book", "arguments": {"city": "x" * (block // 4)}}] * 3)),
@@ -97,8 +97,16 @@ LITERALS = {  # function and parameter: [(what the text begins with, what it end
     "java array": ([("", ""), ("new int[] {", "}")], ["new int[] {", "1, ", "a,", "new  ", "x[] {"]),
     "java list": (
         [("", ""), ("new ArrayList<>(Arrays.asList(", "))"), ("new ArrayList<>() {{", "}}")],
-        ["1,", "a,", "],", "add(", "add(1)", "new ArrayList<", "new ArrayList<>() {{",
-         "new ArrayList<>(Arrays.asList("],
+        [
+            "1,",
+            "a,",
+            "],",
+            "add(",
+            "add(1)",
+            "new ArrayList<",
+            "new ArrayList<>() {{",
+            "new ArrayList<>(Arrays.asList(",
+        ],
     ),
     "java map": (
         [("", ""), ("new HashMap<>() {{", "}}")],
@@ -119,7 +127,7 @@ LITERALS = {  # function and parameter: [(what the text begins with, what it end
     ),
     "script float": ([("", ""), ("1.", "x")], ["9"]),
     "script big": ([("", "n")], ["9", "n"]),
-}  # fmt: skip
+}
 
 
 def literals(size: int) -> dict[str, str]:
@@ -142,19 +150,35 @@ def python_texts(size: int) -> dict[str, str]:
     """Calls whose official ACEBench text is Python that is slow to parse or to evaluate."""
     room = min(size, MAX_TEXT) - 1100  # longer texts are refused by their length
     units = {
-        "tuple": ("x[", "a,", "]"), "negatives": ("x[", "-1,", "]"), "slices": ("x[", ":,", "]"),
-        "f-string": ('x[f"', "{a}", '"]'), "wide f-string": ('x[f"', "{" + "a" * 60 + "}", '"]'),
-        "several f-strings": ("x[", 'f"{a}",', "]"), "ends in an error": ("f(", "a,", "!)"),
-        "ends in a lambda": ("f(", "a,", "lambda:)"), "dict": ("{", "1:1,", "}"), "calls": ("[", "f(),", "]"),
-        "lists": ("[", "[],", "]"), "comparisons": ("1", "<1", ""), "attributes": ("a", ".a", ""),
-        "minuses": ("", "-", "1"), "not closed": ("", "f(a=", ""), "strings": ("", "''", ""),
-        "powers": ("2", "**2", ""), "sums": ("'" + "a" * (room // 2) + "'", "+'x'", ""),
+        "tuple": ("x[", "a,", "]"),
+        "negatives": ("x[", "-1,", "]"),
+        "slices": ("x[", ":,", "]"),
+        "f-string": ('x[f"', "{a}", '"]'),
+        "wide f-string": ('x[f"', "{" + "a" * 60 + "}", '"]'),
+        "several f-strings": ("x[", 'f"{a}",', "]"),
+        "ends in an error": ("f(", "a,", "!)"),
+        "ends in a lambda": ("f(", "a,", "lambda:)"),
+        "dict": ("{", "1:1,", "}"),
+        "calls": ("[", "f(),", "]"),
+        "lists": ("[", "[],", "]"),
+        "comparisons": ("1", "<1", ""),
+        "attributes": ("a", ".a", ""),
+        "minuses": ("", "-", "1"),
+        "not closed": ("", "f(a=", ""),
+        "strings": ("", "''", ""),
+        "powers": ("2", "**2", ""),
+        "sums": ("'" + "a" * (room // 2) + "'", "+'x'", ""),
         "backslashes": ('"', "\\d", '"'),
-        "names of characters": ('"', "\\N{DASH}", '"'), "keywords": ("f(", "**a,", ")"), "accents": ("[", "é,", "]"),
-        "subscripts": ("x", "[0]", ""), "lambdas": ("", "lambda:", "1"), "word": ("x", "a", ""),
-        "string in a subscript": ('x["', "\\n", '"]'), "long string in a subscript": ('x["', "a", '"]'),
+        "names of characters": ('"', "\\N{DASH}", '"'),
+        "keywords": ("f(", "**a,", ")"),
+        "accents": ("[", "é,", "]"),
+        "subscripts": ("x", "[0]", ""),
+        "lambdas": ("", "lambda:", "1"),
+        "word": ("x", "a", ""),
+        "string in a subscript": ('x["', "\\n", '"]'),
+        "long string in a subscript": ('x["', "a", '"]'),
         "hex digits": ("0x", "f", ""),
-    }  # fmt: skip
+    }
     prime = 2**61 - 1  # integers that are multiples of it have the same hash
     texts = {}
     for name, (head, unit, tail) in units.items():
@@ -203,12 +227,25 @@ def of_64_kib() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def of_10_mb() -> dict[str, str]:
-    names = ("<tool_call>", "empty blocks", "zeros", "surrogates", "deep lists in a list as rooms", "floats as stay",
-             "just readable as stay", "two keys as stay", "many keys as stay",
-             "a block in a string as the block")  # fmt: skip
+    names = (
+        "<tool_call>",
+        "empty blocks",
+        "zeros",
+        "surrogates",
+        "deep lists in a list as rooms",
+        "floats as stay",
+        "just readable as stay",
+        "two keys as stay",
+        "many keys as stay",
+        "a block in a string as the block",
+    )
     cases = worst_cases(MB_10)
-    pieces = [("script array", "[", ",", "]"), ("script rows", "[[", "],[", "]]"), ("script dict", "{", "a:,", "}"),
-              ("java list", "new ArrayList<>(Arrays.asList(", "],", "))")]  # fmt: skip
+    pieces = [
+        ("script array", "[", ",", "]"),
+        ("script rows", "[[", "],[", "]]"),
+        ("script dict", "{", "a:,", "}"),
+        ("java list", "new ArrayList<>(Arrays.asList(", "],", "))"),
+    ]
     return {name: cases[name] for name in names} | {" ".join(piece): literal(*piece, MB_10) for piece in pieces}
 
 

@@ -177,9 +177,11 @@ def test_loss_of_verl(name, clip):
             case,
             lambda x, how=how, total=total: aggregate(
                 clipped_policy_loss(x, old, advantages, 0.2, high, dual_clip=3.0, max_log_ratio=20.0),
-                mask, how, total,
+                mask,
+                how,
+                total,
             ),
-        )  # fmt: skip
+        )
         close(loss, case[f"vm.pg_loss.{theirs}.{clip}"], 1e-7, 1e-9)
         close(grad, case[key], 1e-7, 1e-10)
         checked += 1

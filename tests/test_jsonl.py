@@ -80,7 +80,7 @@ def test_lines_blank_ones_byte_order_mark_and_separators_in_strings(write):
         ("[ ]", " holds no rows"),
         ('{}\n\ufeff{"a": 1}', ", line 2: not valid JSON (a byte order mark"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("chunk", [5, 2**18])
 def test_what_is_broken_names_its_row(write, monkeypatch, text, words, chunk):
     monkeypatch.setattr(jsonl, "_CHUNK", chunk)

@@ -25,10 +25,19 @@ def config(**changes):
 
 def asked(model, **changes):
     settings = dict(
-        cuda=False, processes=1, available=GIB, reference=model, tokens_per_microbatch=100, logprob_chunk_tokens=64,
-        activation_checkpointing=False, accumulate_whole=False, offload_reference=False, offload_optimizer=False,
-        cache_tokens=0, most_cache_tokens=1000,
-    )  # fmt: skip
+        cuda=False,
+        processes=1,
+        available=GIB,
+        reference=model,
+        tokens_per_microbatch=100,
+        logprob_chunk_tokens=64,
+        activation_checkpointing=False,
+        accumulate_whole=False,
+        offload_reference=False,
+        offload_optimizer=False,
+        cache_tokens=0,
+        most_cache_tokens=1000,
+    )
     return estimate(model, **settings | changes)
 
 
@@ -66,8 +75,10 @@ def test_certain_parts_are_the_bytes_of_real_tensors(changes):
         "Adam's moments (fp32)": held(moments),
         "reference": held(reference.parameters()),
         "sampling copy": held(random_model(shape, 0).parameters()),
-        "key/value cache": 0, "activations": 0, "passes": 0,
-    }  # fmt: skip
+        "key/value cache": 0,
+        "activations": 0,
+        "passes": 0,
+    }
     assert found.certain() == 6 * held(model.parameters()) and found.loading == 0
 
 
@@ -104,9 +115,19 @@ def seven_billion():
 
 
 def on_gpus(model, **changes):
-    return asked(model, **dict(
-        cuda=True, processes=8, available=80 * GIB, tokens_per_microbatch=30720, logprob_chunk_tokens=1024,
-        activation_checkpointing=True, most_cache_tokens=512 * 32768) | changes)  # fmt: skip
+    return asked(
+        model,
+        **dict(
+            cuda=True,
+            processes=8,
+            available=80 * GIB,
+            tokens_per_microbatch=30720,
+            logprob_chunk_tokens=1024,
+            activation_checkpointing=True,
+            most_cache_tokens=512 * 32768,
+        )
+        | changes,
+    )
 
 
 def test_qwen_7b_on_eight_gpus_by_hand():
@@ -150,8 +171,14 @@ def test_offloaded_parts_are_the_hosts():
 
 def test_ways_out_name_what_would_help_with_its_present_value():
     found = on_gpus(config(), activation_checkpointing=False, accumulate_whole=True, cache_tokens=12800)
-    for word in ("offload_optimizer true", "offload_reference true", "kl_coef 0", "accumulate_whole off",
-                 "rollout_cache_tokens (now 12800)", "more processes (now 8)"):  # fmt: skip
+    for word in (
+        "offload_optimizer true",
+        "offload_reference true",
+        "kl_coef 0",
+        "accumulate_whole off",
+        "rollout_cache_tokens (now 12800)",
+        "more processes (now 8)",
+    ):
         assert word in "; ".join(found.ways_out)
     for word in ("activation_checkpointing on", "tokens_per_microbatch (now 30720)", "chunk_tokens (now 1024)"):
         assert word in "; ".join(found.more_ways_out)
@@ -189,8 +216,10 @@ def test_the_table_has_every_part_and_the_sum():
     lines = table(found).splitlines()
     assert [line.split("  ")[1] for line in lines] == [*sizes(found), "at the peak, where it computes"]
     assert [line.rsplit("  ", 1)[1] for line in lines if "moments" in line or "cache" in line or "peak" in line] == [
-        "on the host", "estimated", shown(found.total()),
-    ]  # fmt: skip
+        "on the host",
+        "estimated",
+        shown(found.total()),
+    ]
 
 
 def test_bytes_in_words():

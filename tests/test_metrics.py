@@ -199,11 +199,21 @@ def test_tokens_without_a_timer_have_no_rate():
 
 def test_console_line():
     values = {
-        "reward": 0.53125, "accuracy": 0.5, "kl": 0.00123, "entropy": 0.21, "reply_tokens_mean": 23.4,
-        "learning_rate": 3e-4, "grad_norm": 0.4121, "seconds/step": 12.34, "heldout_accuracy": 0.7131,
-        "tokens_per_second/rollout": 5120.4, "tokens_per_second/update": 99.0, "loss": 0.1,
-        "skipped_steps": 0.0, "something_else": 1.0,
-    }  # fmt: skip
+        "reward": 0.53125,
+        "accuracy": 0.5,
+        "kl": 0.00123,
+        "entropy": 0.21,
+        "reply_tokens_mean": 23.4,
+        "learning_rate": 3e-4,
+        "grad_norm": 0.4121,
+        "seconds/step": 12.34,
+        "heldout_accuracy": 0.7131,
+        "tokens_per_second/rollout": 5120.4,
+        "tokens_per_second/update": 99.0,
+        "loss": 0.1,
+        "skipped_steps": 0.0,
+        "something_else": 1.0,
+    }
     assert console_line(3, 40, values) == (
         "step  3/40 · reward 0.531 · accuracy 0.500 · kl 0.0012 · entropy 0.210 · reply 23 tokens · "
         "lr 3.0e-04 · grad 0.412 · 12.3 s · sampling 5,120 tokens/s · held-out 0.713"
@@ -218,17 +228,30 @@ def test_console_line():
 
 def test_json_is_strict_and_plain():
     record = {
-        "nan": math.nan, "inf": [math.inf, -math.inf], "np": np.float32(0.5), "i": np.int64(3),
-        "t": torch.tensor(2), "bool": True, "none": None, "nested": {"a": (1, math.nan)},
+        "nan": math.nan,
+        "inf": [math.inf, -math.inf],
+        "np": np.float32(0.5),
+        "i": np.int64(3),
+        "t": torch.tensor(2),
+        "bool": True,
+        "none": None,
+        "nested": {"a": (1, math.nan)},
         "text": "工具\u2028\n",
-    }  # fmt: skip
+    }
     line = to_json(record)
     assert "\n" not in line and "工具" in line
     back = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert back == {
-        "nan": None, "inf": [None, None], "np": 0.5, "i": 3, "t": 2,
-        "bool": True, "none": None, "nested": {"a": [1, None]}, "text": "工具\u2028\n",
-    }  # fmt: skip
+        "nan": None,
+        "inf": [None, None],
+        "np": 0.5,
+        "i": 3,
+        "t": 2,
+        "bool": True,
+        "none": None,
+        "nested": {"a": [1, None]},
+        "text": "工具\u2028\n",
+    }
 
 
 def test_half_a_surrogate_pair_can_be_logged(tmp_path):
@@ -316,8 +339,11 @@ def test_best_and_worst():
         {"step": 7, "kind": "worst", "id": "c", "reward": 0.0, "reply": "z"},
     ]
     assert [(row["kind"], row["id"]) for row in best_and_worst(1, rows, 2)] == [
-        ("best", "b"), ("best", "d"), ("worst", "c"), ("worst", "a"),
-    ]  # fmt: skip
+        ("best", "b"),
+        ("best", "d"),
+        ("worst", "c"),
+        ("worst", "a"),
+    ]
     assert rows[0] == reply("a", 0.2, "x")  # untouched
 
 
@@ -328,8 +354,14 @@ def test_no_reply_is_kept_twice_and_none_or_few_will_do():
 
 
 def test_equal_replies_of_other_examples_come_first():
-    rows = [reply("a", 1.0, "a1"), reply("a", 1.0, "a2"), reply("b", 1.0, "b1"), reply("c", 0.0, "c1"),
-            reply("c", 0.0, "c2"), reply("d", 0.0, "d1")]  # fmt: skip
+    rows = [
+        reply("a", 1.0, "a1"),
+        reply("a", 1.0, "a2"),
+        reply("b", 1.0, "b1"),
+        reply("c", 0.0, "c1"),
+        reply("c", 0.0, "c2"),
+        reply("d", 0.0, "d1"),
+    ]
     assert [row["reply"] for row in best_and_worst(1, rows, 2)] == ["a1", "b1", "c1", "d1"]
     assert [row["reply"] for row in best_and_worst(1, rows, 3)] == ["a1", "b1", "a2", "c1", "d1", "c2"]
 

@@ -154,11 +154,7 @@ def test_two_processes_say_it_once(here):
 
 
 def test_an_unexpected_fault_keeps_its_traceback(here):
-    code = (
-        "import train\n"
-        "train.rl_step = lambda run, step, metrics: 1 / 0\n"
-        "train.exit_on_user_error(train.main)"
-    )  # fmt: skip
+    code = "import train\ntrain.rl_step = lambda run, step, metrics: 1 / 0\ntrain.exit_on_user_error(train.main)"
     result = process("-c", code, "--config", "base.toml")
     assert result.returncode == 1
     assert "Traceback" in result.stderr and result.stderr.rstrip().endswith("ZeroDivisionError: division by zero")

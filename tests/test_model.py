@@ -171,8 +171,17 @@ def test_half_precision_stays_near_full_and_double_is_never_cast_down():
     assert (hidden @ double.head.T - full).abs().max() < ATOL
 
 
-@pytest.mark.parametrize("name", ["Qwen2.5-0.5B-Instruct", "Qwen2.5-1.5B-Instruct", "Qwen2.5-3B-Instruct",
-                                  "Qwen2.5-7B-Instruct", "Qwen2.5-14B-Instruct", "Llama-3.1-8B-Instruct"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Qwen2.5-0.5B-Instruct",
+        "Qwen2.5-1.5B-Instruct",
+        "Qwen2.5-3B-Instruct",
+        "Qwen2.5-7B-Instruct",
+        "Qwen2.5-14B-Instruct",
+        "Llama-3.1-8B-Instruct",
+    ],
+)
 def test_published_configs_give_the_published_parameters(name):
     from conftest import shared
 
@@ -246,18 +255,30 @@ def header(length, text=b"{}", data=b""):
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"\0" * 7, header(2**63), header(10**9), header(1), header(50), header(2, b"[]"), header(2, b"{}", b"xxx"),
-        header(10**5, b"[" * 10**5), header(4, b"null"), pickle.dumps({"a": 1}),
-        *(header(len(text), text, b"\0" * 8) for text in (
-            b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,400]}}',
-            b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,8]}}',
-            b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}',
-            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
-            b'{"a":{"dtype":"X","shape":[2],"data_offsets":[0,8]}}',
-        )),
+        b"",
+        b"\0" * 7,
+        header(2**63),
+        header(10**9),
+        header(1),
+        header(50),
+        header(2, b"[]"),
+        header(2, b"{}", b"xxx"),
+        header(10**5, b"[" * 10**5),
+        header(4, b"null"),
+        pickle.dumps({"a": 1}),
+        *(
+            header(len(text), text, b"\0" * 8)
+            for text in (
+                b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,400]}}',
+                b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,8]}}',
+                b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}',
+                b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+                b'{"a":{"dtype":"X","shape":[2],"data_offsets":[0,8]}}',
+            )
+        ),
     ],
     ids=range(16),
-)  # fmt: skip
+)
 def test_broken_headers_are_sentences(tmp_path, data):
     save_model(load_model(reference("models/dev/qwen_mha_tied_fp32")), tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").write_bytes(data)

@@ -15,9 +15,7 @@ TOOLS = [{"name": "f"}, {"name": "g"}]
 
 
 def example(name, question, tools=TOOLS):
-    return Example(
-        name, "s", "", tools, [{"role": "user", "content": question}], [{"name": "f", "arguments": {}}]
-    )
+    return Example(name, "s", "", tools, [{"role": "user", "content": question}], [{"name": "f", "arguments": {}}])
 
 
 def steps(rows):
@@ -75,9 +73,7 @@ def test_epochs_are_permutations_without_straddling():
     assert len({str(epoch) for epoch in epochs}) == 4
     assert [whole.epoch(step, 3) for step in range(7)] == [0, 0, 0, 1, 1, 1, 2]
     assert whole.steps_per_epoch(3) == 3
-    assert {i for step in range(60) for i in whole.take(step, 3)} == set(
-        range(10)
-    )  # the left-out one changes
+    assert {i for step in range(60) for i in whole.take(step, 3)} == set(range(10))  # the left-out one changes
 
 
 def test_order_is_a_function_of_seed_step_and_count():

@@ -134,8 +134,11 @@ def test_a_template_that_strips_its_messages_is_sound(changed):
 
 
 def test_a_template_that_refuses_is_an_error(changed):
-    only(template(changed("{{ raise_exception('no system role') }}"), tiny.examples(3), True, "binary"), "error",
-         "no system role")  # fmt: skip
+    only(
+        template(changed("{{ raise_exception('no system role') }}"), tiny.examples(3), True, "binary"),
+        "error",
+        "no system role",
+    )
 
 
 def test_a_template_that_does_not_ask_for_a_reply_is_a_warning(changed):
@@ -288,10 +291,19 @@ def test_the_schedule_says_what_divides_what():
 def needed(**changes):
     model = parse_config({**tiny.CONFIG, "vocab_size": 259})
     settings = dict(
-        cuda=True, processes=4, available=GIB, reference=model, tokens_per_microbatch=100, logprob_chunk_tokens=64,
-        activation_checkpointing=False, accumulate_whole=True, offload_reference=False, offload_optimizer=False,
-        cache_tokens=0, most_cache_tokens=1000,
-    )  # fmt: skip
+        cuda=True,
+        processes=4,
+        available=GIB,
+        reference=model,
+        tokens_per_microbatch=100,
+        logprob_chunk_tokens=64,
+        activation_checkpointing=False,
+        accumulate_whole=True,
+        offload_reference=False,
+        offload_optimizer=False,
+        cache_tokens=0,
+        most_cache_tokens=1000,
+    )
     return estimate(model, **settings | changes)
 
 
@@ -347,7 +359,7 @@ def space(monkeypatch, free, **changes):
         ({"present": [40, 50]}, 2_000),  # nothing but the export
         ({"present": [10, 20, 30]}, 12_000),  # the fourth comes before the others go
     ],
-)  # fmt: skip
+)
 def test_disk_at_the_peak(monkeypatch, changes, bytes_needed):
     only(space(monkeypatch, bytes_needed, **changes), "ok", "are free")
     assert levels(space(monkeypatch, bytes_needed - 1, **changes)) != ["ok"]

@@ -86,9 +86,11 @@ def test_replies_do_not_depend_on_slots_pages_schedule_or_order(model, temperatu
     sampler.lookahead = lookahead
     order = draw.sample(range(7), 7)
     shuffled = sampler.generate(
-        [prompts[i] for i in order], max_new_tokens=[caps[3 * i + s] for i in order for s in range(3)],
-        keys=[keys[i] for i in order], **request,
-    )  # fmt: skip
+        [prompts[i] for i in order],
+        max_new_tokens=[caps[3 * i + s] for i in order for s in range(3)],
+        keys=[keys[i] for i in order],
+        **request,
+    )
     assert {(order[r.group], r.sample): r.reply for r in shuffled} == want
     assert sampler.stats.prefilled == base.stats.prefilled == sum(map(len, prompts))
     assert (sampler.stats.preemptions > 0) == ("cache_tokens" in how)

@@ -83,10 +83,12 @@ def problem(seed, groups=6, size=4):
     for _ in prompts:
         lengths = [rng.randint(1, 5 * size) for _ in range(size)]
         stops = [rng.random() < 0.6 for _ in lengths]
-        replies.append([
-            [rng.randrange(100, 999) for _ in range(n - stop)] + [STOP] * stop + [rng.randrange(100, 999)] * 5
-            for n, stop in zip(lengths, stops, strict=True)
-        ])  # fmt: skip
+        replies.append(
+            [
+                [rng.randrange(100, 999) for _ in range(n - stop)] + [STOP] * stop + [rng.randrange(100, 999)] * 5
+                for n, stop in zip(lengths, stops, strict=True)
+            ]
+        )
         caps.append([n + 3 * stop for n, stop in zip(lengths, stops, strict=True)])
     return prompts, replies, caps
 
@@ -95,9 +97,7 @@ def wanted(replies, caps):
     def until_stop(reply, cap):
         return reply[: min(cap, reply.index(STOP) + 1 if STOP in reply else cap)]
 
-    return {
-        (g, s): until_stop(reply, caps[g][s]) for g, group in enumerate(replies) for s, reply in enumerate(group)
-    }
+    return {(g, s): until_stop(reply, caps[g][s]) for g, group in enumerate(replies) for s, reply in enumerate(group)}
 
 
 @pytest.mark.parametrize("lookahead", [0, 1, 3])
@@ -159,6 +159,7 @@ def test_full_pages_are_shared_and_only_the_half_filled_one_is_copied():
 
 def peak_by_formula(prompts, lengths, size):
     """Most pages in use when all replies grow in step: a group's full pages once, each row's others."""
+
     def pages(tokens):
         return -(-tokens // size)
 

@@ -277,18 +277,26 @@ def test_a_long_conversation_takes_a_small_part_of_what_a_template_may(qwen):
         ("{% for a, b in {'x': 1}|items %}{{ a }}{{ b }}{{ loop.length }}{{ loop.last }}{% endfor %}", "x11True"),
         ("{% for i in [1, 2, 3]|select('odd') %}{{ i }}{{ loop.revindex }}{% endfor %}", "1231"),
         ("{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}", "123"),
-        ("{% macro f(x) %}<{{ x }}{{ caller() if caller }}>{% endmacro %}{{ f(1) }}{% call f(2) %}!{% endcall %}",
-         "<1><2!>"),
-        ("{{ 'a,b'.split(',')[1:] }}{{ ' x '.strip() }}{{ 'aXa'.replace('a', 'bb') }}{{ 'x'.format() }}",
-         "['b']xbbXbbx"),
+        (
+            "{% macro f(x) %}<{{ x }}{{ caller() if caller }}>{% endmacro %}{{ f(1) }}{% call f(2) %}!{% endcall %}",
+            "<1><2!>",
+        ),
+        (
+            "{{ 'a,b'.split(',')[1:] }}{{ ' x '.strip() }}{{ 'aXa'.replace('a', 'bb') }}{{ 'x'.format() }}",
+            "['b']xbbXbbx",
+        ),
         ("{{ '{:>3}|{n}'.format(1, n=2) }}{{ 'ab'.startswith('a') }}{{ ['x', 'y']|join('-') }}", "  1|2Truex-y"),
         ("{{ {'a': 1}.get('b', 'none') }}{{ {'a': 1}.items()|list }}{{ 'a' in {'a': 1} }}", "none[('a', 1)]True"),
-        ("{{ [3, 1, 2]|sort|list }}{{ ['a', 'B']|map('upper')|list }}{{ 'x y'|title }}{{ 3.14159|round(2) }}",
-         "[1, 2, 3]['A', 'B']X Y3.14"),
-        ("{{ 'a\nb'|indent(2) }}{{ [{'a': 1}]|map(attribute='a')|sum }}{{ 'x' is string }}{{ 4 is divisibleby 2 }}",
-         "a\n  b1TrueTrue"),
+        (
+            "{{ [3, 1, 2]|sort|list }}{{ ['a', 'B']|map('upper')|list }}{{ 'x y'|title }}{{ 3.14159|round(2) }}",
+            "[1, 2, 3]['A', 'B']X Y3.14",
+        ),
+        (
+            "{{ 'a\nb'|indent(2) }}{{ [{'a': 1}]|map(attribute='a')|sum }}{{ 'x' is string }}{{ 4 is divisibleby 2 }}",
+            "a\n  b1TrueTrue",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_sandbox_changes_no_result(tmp_path, template, expected):
     plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     assert plain.from_string(template).render() == expected

@@ -109,9 +109,7 @@ def test_value(text):
     value = VALUES[text]
     assert same(parse_calls(f"[f(a={text})]"), [call("f", a=value)])
     if text != "{x":  # what follows would stand inside its bracket
-        assert same(
-            parse_calls(f"[f(z=0, a = {text} , b='b'), g()]"), [call("f", z=0, a=value, b="b"), call("g")]
-        )
+        assert same(parse_calls(f"[f(z=0, a = {text} , b='b'), g()]"), [call("f", z=0, a=value, b="b"), call("g")])
 
 
 @pytest.mark.parametrize(
@@ -302,8 +300,7 @@ def test_written_calls_come_back():
         ]
         for write in (repr, json.dumps, lambda v: json.dumps(v, ensure_ascii=False)):
             text = ", ".join(
-                f"{c['name']}({', '.join(f'{k}={write(v)}' for k, v in c['arguments'].items())})"
-                for c in calls
+                f"{c['name']}({', '.join(f'{k}={write(v)}' for k, v in c['arguments'].items())})" for c in calls
             )
             assert same(parse_calls(f"[{text}]"), calls)
 
@@ -468,9 +465,7 @@ def python_calls(text, names):
         position = found.end()
     try:
         tree = ast.parse((rewritten + text[position:]).replace(";", ","), mode="eval").body
-        return [
-            {k.arg: json_value(k.value) for k in node.keywords} for node in tree.elts if not no_keywords(node)
-        ]
+        return [{k.arg: json_value(k.value) for k in node.keywords} for node in tree.elts if not no_keywords(node)]
     except (SyntaxError, ValueError):
         return None
 

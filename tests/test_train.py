@@ -31,12 +31,27 @@ def place(tmp_path_factory):
 
 def settings(place: Path, run: str, **changes) -> dict:
     data = str(place / "data.jsonl")
-    return dict(
-        model=str(place / "model"), train_data=data, eval_data=data, run_dir=str(place / run), steps=3,
-        prompts_per_step=4, prompts_per_minibatch=2, group_size=3, max_reply_tokens=12, tokens_per_microbatch=5000,
-        learning_rate=1e-3, temperature=1.0, activation_checkpointing="off", eval_every=2, save_every=2,
-        log_rollouts=99,
-    ) | changes  # fmt: skip
+    return (
+        dict(
+            model=str(place / "model"),
+            train_data=data,
+            eval_data=data,
+            run_dir=str(place / run),
+            steps=3,
+            prompts_per_step=4,
+            prompts_per_minibatch=2,
+            group_size=3,
+            max_reply_tokens=12,
+            tokens_per_microbatch=5000,
+            learning_rate=1e-3,
+            temperature=1.0,
+            activation_checkpointing="off",
+            eval_every=2,
+            save_every=2,
+            log_rollouts=99,
+        )
+        | changes
+    )
 
 
 def run(place: Path, name: str, **changes) -> Path:
@@ -68,8 +83,12 @@ def finished(place):
 
 def test_the_run_directory_is_complete(finished, place):
     assert {path.name for path in finished.iterdir()} == {
-        "config.toml", "metrics.jsonl", "rollouts.jsonl", "checkpoints", "hf",
-    }  # fmt: skip
+        "config.toml",
+        "metrics.jsonl",
+        "rollouts.jsonl",
+        "checkpoints",
+        "hf",
+    }
     config = load_config(["--config", str(finished / "config.toml")], train.DEFAULT)
     assert to_toml(config) == (finished / "config.toml").read_text()
     there = sorted(path.name for path in (finished / "checkpoints").iterdir())
@@ -79,10 +98,24 @@ def test_the_run_directory_is_complete(finished, place):
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert [row["step"] for row in rows if "heldout_accuracy" in row] == [0, 2, 3]
     wanted = {
-        "reward", "accuracy", "format_ok", "kl", "entropy", "clip_fraction", "policy_loss", "loss",
-        "reply_tokens_mean", "reply_tokens_min", "reply_tokens_max", "truncated_fraction", "zero_variance_fraction",
-        "sampler_logprob_gap", "grad_norm", "learning_rate", "skipped_steps",
-    }  # fmt: skip
+        "reward",
+        "accuracy",
+        "format_ok",
+        "kl",
+        "entropy",
+        "clip_fraction",
+        "policy_loss",
+        "loss",
+        "reply_tokens_mean",
+        "reply_tokens_min",
+        "reply_tokens_max",
+        "truncated_fraction",
+        "zero_variance_fraction",
+        "sampler_logprob_gap",
+        "grad_norm",
+        "learning_rate",
+        "skipped_steps",
+    }
     assert wanted <= rows[1].keys()
     times = read_jsonl(finished / "metrics.jsonl")[1]
     for phase in ("rollout", "reward", "logprobs", "update", "sync", "step"):
@@ -155,8 +188,16 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere(place, monkeypatch):
 
 @pytest.mark.parametrize("on_prompt", [False, True])
 def test_supervised_training_lowers_the_loss(place, on_prompt):
-    folder = run(place, f"sft-{on_prompt}", mode="sft", sft_on_prompt=on_prompt, steps=8, prompts_per_minibatch=4,
-                 learning_rate=3e-3, eval_every=8)  # fmt: skip
+    folder = run(
+        place,
+        f"sft-{on_prompt}",
+        mode="sft",
+        sft_on_prompt=on_prompt,
+        steps=8,
+        prompts_per_minibatch=4,
+        learning_rate=3e-3,
+        eval_every=8,
+    )
     rows = measured(folder)
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert rows[0]["loss"] == pytest.approx(rows[0]["cross_entropy"], rel=1e-5)

@@ -34,8 +34,14 @@ def recorded_rollouts(tensors, it, hyper):
     width, rollouts = hyper["prompt_len"], []
     groups = tensors[f"iter{it}.uid"].tolist()
     for row, group in enumerate(groups):
-        prompt, reply = (part[keep].tolist() for part, keep in zip(ids[row].split([width, ids.shape[1] - width]),
-                         mask[row].split([width, ids.shape[1] - width]), strict=True))  # fmt: skip
+        prompt, reply = (
+            part[keep].tolist()
+            for part, keep in zip(
+                ids[row].split([width, ids.shape[1] - width]),
+                mask[row].split([width, ids.shape[1] - width]),
+                strict=True,
+            )
+        )
         rollouts.append(Rollout(group, row, prompt, reply, [0.0] * len(reply), True))
     return rollouts
 
@@ -51,9 +57,13 @@ def test_three_steps_of_the_released_actor():
         model.parameters(), lr=0.0, betas=hyper["betas"], eps=hyper["eps"], weight_decay=hyper["weight_decay"]
     )
     loss = PolicyLoss(
-        temperature=hyper["temperature"], clip_low=hyper["clip_ratio"], clip_high=hyper["clip_ratio"],
-        kl_coef=hyper["kl_loss_coef"], aggregation="microbatch_token_mean", chunk=7,
-    )  # fmt: skip
+        temperature=hyper["temperature"],
+        clip_low=hyper["clip_ratio"],
+        clip_high=hyper["clip_ratio"],
+        kl_coef=hyper["kl_loss_coef"],
+        aggregation="microbatch_token_mean",
+        chunk=7,
+    )
     mini = hyper["ppo_mini_batch_size"]
     for it, did in enumerate(record["iters"]):
         rollouts = recorded_rollouts(tensors, it, hyper)
@@ -143,15 +153,23 @@ def minibatch(model, budget, share=True):
         rollouts = [replace(rollout, group=row) for row, rollout in enumerate(rollouts)]
     batches = []
     for rows in plan(rollouts, list(range(len(rollouts))), budget, 1)[0]:
-        old, ref = (torch.cat([torch.zeros(0), *(getattr(known[row], name) for row in rows)])
-                    for name in ("old_logprobs", "ref_logprobs"))  # fmt: skip
+        old, ref = (
+            torch.cat([torch.zeros(0), *(getattr(known[row], name) for row in rows)])
+            for name in ("old_logprobs", "ref_logprobs")
+        )
         batches.append(replace(pack(rollouts, rows, advantages), old_logprobs=old, ref_logprobs=ref))
     return batches, sum(len(rollout.reply) for rollout in rollouts)
 
 
-@pytest.mark.parametrize("budget,share,recompute,reverse", [
-    (20, True, False, False), (60, True, True, True), (10_000, False, False, True), (45, False, True, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "budget,share,recompute,reverse",
+    [
+        (20, True, False, False),
+        (60, True, True, True),
+        (10_000, False, False, True),
+        (45, False, True, True),
+    ],
+)
 def test_in_fp32_too_the_gradient_does_not_depend_on_the_cut(budget, share, recompute, reverse):
     """Micro-batch budget, order of packing, shared or repeated prompts, activation checkpointing."""
     config = read_config(reference("models/dev/qwen1p5b_12x2_tied_bf16_sharded"))
@@ -185,9 +203,16 @@ def test_replies_without_advantage_have_no_policy_gradient():
     """What train.py leaves out when nothing but the policy term is trained."""
     model, batches, total = recorded_batches(30)
     still = {0, 1, 2, 3, 9}  # a whole group and one reply
-    batches = [replace(b, ref_logprobs=None, advantages=torch.tensor(
-        [0.0 if row in still else a for row, a in zip(b.rows, b.advantages.tolist(), strict=True)]
-    )) for b in batches]  # fmt: skip
+    batches = [
+        replace(
+            b,
+            ref_logprobs=None,
+            advantages=torch.tensor(
+                [0.0 if row in still else a for row, a in zip(b.rows, b.advantages.tolist(), strict=True)]
+            ),
+        )
+        for b in batches
+    ]
     _, want = gradient(model, batches, PolicyLoss(kl_coef=0.0), total)
     model, fewer, _ = recorded_batches(30)
     fewer = [replace(b, ref_logprobs=None) for b in fewer]

@@ -124,8 +124,11 @@ def plan(
     budget; one sequence over the budget gets a micro-batch to itself. Greedy, the costliest first; the plan depends on
     nothing but its arguments, so every rank computes the same.
     """
-    pieces = [_measured(rollouts, piece, pair_cost) for run in _runs(rollouts, rows)
-              for piece in _split(rollouts, run, budget)]  # fmt: skip
+    pieces = [
+        _measured(rollouts, piece, pair_cost)
+        for run in _runs(rollouts, rows)
+        for piece in _split(rollouts, run, budget)
+    ]
     pieces.sort(key=lambda piece: -piece.cost)  # ties keep their order
     per_rank = max(1, -(-sum(piece.tokens for piece in pieces) // (budget * ranks)))
     while (bins := _fill(pieces, budget, per_rank * ranks)) is None:

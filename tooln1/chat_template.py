@@ -57,9 +57,7 @@ REMOVED_FILTERS = _names("filesizeformat forceescape pprint random striptags url
 CONSTANT_FILTERS = _names("attr count d default first items last length safe")
 LAZY_FILTERS = _names("map reject rejectattr select selectattr")
 PER_CHARACTER = _names("batch groupby list round slice sort sum unique")  # of a string, they see its characters
-COMPARING_TESTS = _names(
-    "in == eq equalto != ne > gt greaterthan ge >= < lt lessthan <= le lower upper filter test"
-)
+COMPARING_TESTS = _names("in == eq equalto != ne > gt greaterthan ge >= < lt lessthan <= le lower upper filter test")
 NUMBER_TESTS = _names("odd even divisibleby")
 
 
@@ -88,17 +86,25 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self):
         # not optimized: jinja2 would work out what is constant ('a' * 10**10) while it reads the template
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, optimized=False, finalize=self.output,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            optimized=False,
+            finalize=self.output,
             extensions=[GenerationTag, jinja2.ext.loopcontrols],
-        )  # fmt: skip
+        )
         self.begin()
         filters = {name: f for name, f in self.filters.items() if name not in REMOVED_FILTERS} | {"tojson": to_json}
         self.filters = {name: self._charged_filter(name, function) for name, function in filters.items()}
         # What `Charges` puts into the syntax tree; no template can write these names.
         self.filters |= {
-            "pay!": self.pay, "in!": self.pay_container, "slice!": self.pay_slice, "+!": self.add,
-            "~!": self.join_texts, "loop!": self.loop, "body!": self.charge,
-        }  # fmt: skip
+            "pay!": self.pay,
+            "in!": self.pay_container,
+            "slice!": self.pay_slice,
+            "+!": self.add,
+            "~!": self.join_texts,
+            "loop!": self.loop,
+            "body!": self.charge,
+        }
         self.tests = {name: self._charged_test(name, function) for name, function in self.tests.items()}
         del self.globals["lipsum"]
         self.globals["raise_exception"] = self.raise_exception

@@ -56,9 +56,15 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    directory: Path, step: int, policy: Transformer, optimizer: torch.optim.Optimizer, world: World, notes: dict,
-    keep: int = 0, keep_every: int = 0,
-) -> Path:  # fmt: skip
+    directory: Path,
+    step: int,
+    policy: Transformer,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    notes: dict,
+    keep: int = 0,
+    keep_every: int = 0,
+) -> Path:
     """Write `directory`/step-NNNNNN, every rank its own file; `notes` is JSON data that comes back with it.
 
     Kept are the newest `keep` (0: all) and those of every `keep_every`-th step. Raises UserError on all ranks where

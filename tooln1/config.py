@@ -30,7 +30,7 @@ from tooln1.settings import (
     checked,
     shown,
     validate,
-)  # fmt: skip
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -26,16 +26,31 @@ from tooln1.prompt import XLAM_SYSTEM, build_messages
 from tooln1.toolace import CallSyntaxError, is_call_turn, parse_calls, parse_function_call, split_system
 
 __all__ = [
-    "Conversion", "EpochOrder", "Example", "add_irrelevance", "convert_toolace", "convert_xlam", "drop_long",
-    "read_examples", "read_toolace", "read_xlam", "split", "write_examples",
-]  # fmt: skip
+    "Conversion",
+    "EpochOrder",
+    "Example",
+    "add_irrelevance",
+    "convert_toolace",
+    "convert_xlam",
+    "drop_long",
+    "read_examples",
+    "read_toolace",
+    "read_xlam",
+    "split",
+    "write_examples",
+]
 
 XLAM, SINGLE_TURN, MULTIPLE_TURN = SOURCES = ("xlam", "toolace_single_turn", "toolace_multiple_turn")
 # sharegpt role names beside the public ones; function_call is an assistant turn that is always a call
 ROLES = {
-    "user": "user", "human": "user", "tool": "tool", "observation": "tool",
-    "assistant": "assistant", "gpt": "assistant", "function_call": "assistant",
-}  # fmt: skip
+    "user": "user",
+    "human": "user",
+    "tool": "tool",
+    "observation": "tool",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+}
 NO_CALL = "no call"
 OUTSIDE = "calls a tool outside the list"
 UNPARSABLE = "call does not parse"
@@ -126,8 +141,9 @@ def convert_toolace(path: str | os.PathLike, keep_no_call: bool = False) -> Conv
     """
     examples, dropped, kinds = [], Counter(), Counter({SINGLE_TURN: 0, MULTIPLE_TURN: 0})
     for number, (where, row) in enumerate(tqdm(read_rows(path), desc="ToolACE", unit="row", disable=None)):
-        turns = [_turn(turn, f"{where}, turn {index}") for index, turn in
-                 enumerate(field(row, "conversations", list, where))]  # fmt: skip
+        turns = [
+            _turn(turn, f"{where}, turn {index}") for index, turn in enumerate(field(row, "conversations", list, where))
+        ]
         kinds[MULTIPLE_TURN if sum(role == "assistant" for role, *_ in turns) > 1 else SINGLE_TURN] += 1
         found, reasons = _dialogue(number, field(row, "system", str, where), turns, keep_no_call)
         examples += found
@@ -278,9 +294,12 @@ class ChatTokenizer(Protocol):
 
 
 def drop_long(
-    examples: Sequence[Example | tuple[Example, str]], tokenizer: ChatTokenizer, max_prompt_tokens: int,
-    think: bool = True, where: str = "",
-) -> tuple[list, int]:  # fmt: skip
+    examples: Sequence[Example | tuple[Example, str]],
+    tokenizer: ChatTokenizer,
+    max_prompt_tokens: int,
+    think: bool = True,
+    where: str = "",
+) -> tuple[list, int]:
     """(examples whose rendered prompt has at most `max_prompt_tokens` tokens, number of the others).
 
     Pairs (example, reply to imitate) go by their example. Raises UserError, naming `where` and the example, where the
@@ -392,8 +411,13 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder for train.jsonl, heldout.jsonl and report.json")
     parser.add_argument("--held-out", type=float, default=0.1, help="share of rows held out (paper: 0.1)")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of the irrelevance draw")
-    parser.add_argument("--irrelevance", type=float, default=0.0, metavar="FRACTION",
-                        help="copies without the answer's tools, as a share of all (paper: 0)")  # fmt: skip
+    parser.add_argument(
+        "--irrelevance",
+        type=float,
+        default=0.0,
+        metavar="FRACTION",
+        help="copies without the answer's tools, as a share of all (paper: 0)",
+    )
     parser.add_argument("--keep-no-call", action="store_true", help="keep turns without a call, as answer []")
     parser.add_argument("--tokenizer", help="model folder or hub id; with it, over-long prompts are dropped")
     parser.add_argument("--max-prompt-tokens", type=int, default=4096, help="longest prompt kept")

@@ -191,8 +191,10 @@ def copying(seed: int = 0) -> list[tuple[Example, str]]:
     for number in range(SIZES["copy"]):
         chosen = rng.sample(keys, rng.randint(2, 8))
         kinds = rng.choices(("word", "2-99", "1.1-99.5", "10-999"), (6, 2, 1, 1), k=len(chosen))
-        values = {key: rng.choice(words) if kind == "word" else draw_value(kind, rng)
-                  for key, kind in zip(chosen, kinds, strict=True)}  # fmt: skip
+        values = {
+            key: rng.choice(words) if kind == "word" else draw_value(kind, rng)
+            for key, kind in zip(chosen, kinds, strict=True)
+        }
         if rng.random() < 0.5:
             request = reply = " ".join(map(str, values.values()))
         else:
@@ -253,10 +255,12 @@ def write_tokenizer(folder: Path, seed: int = 0, vocab_size: int = 2048) -> None
     """
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     words = tokenizers.Regex("[A-Za-z_]+|[0-9]|[^A-Za-z0-9_]+")
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(words, "isolated"),
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(words, "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
@@ -274,8 +278,13 @@ def write_tokenizer(folder: Path, seed: int = 0, vocab_size: int = 2048) -> None
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "tokenizer.json") as file:
         file.write(backend.to_str())
-    settings = {"chat_template": CHAT_TEMPLATE, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-                "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 1024}  # fmt: skip
+    settings = {
+        "chat_template": CHAT_TEMPLATE,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 1024,
+    }
     stops = [backend.token_to_id("<|im_end|>"), backend.token_to_id("<|endoftext|>")]
     generation = {"eos_token_id": stops, "pad_token_id": stops[1], "do_sample": True, "temperature": 1.0}
     for name, value in (("tokenizer_config.json", settings), ("generation_config.json", generation)):
@@ -287,12 +296,24 @@ def write_model(folder: Path, tokenizer_folder: Path, seed: int = 0) -> None:
     """A random Qwen2 of about a million parameters, with the tokenizer of `tokenizer_folder` copied beside it."""
     vocab = -(-load_tokenizer(tokenizer_folder).vocab_size // 64) * 64
     raw = {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "vocab_size": vocab,
-        "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
-        "initializer_range": 0.05, "max_position_embeddings": 1024, "use_sliding_window": False,
-        "attention_dropout": 0.0, "torch_dtype": "float32",
-    }  # fmt: skip
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "vocab_size": vocab,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.05,
+        "max_position_embeddings": 1024,
+        "use_sliding_window": False,
+        "attention_dropout": 0.0,
+        "torch_dtype": "float32",
+    }
     model = random_model(parse_config(raw), seed)
     model.source = tokenizer_folder
     save_model(model, folder)

@@ -232,8 +232,9 @@ def _explain(error: Exception, rank: int, lifeline: Lifeline | None, timeout: in
         print(
             f"error: rank {rank}: {why}. {lifeline.whereabouts()}. If one is only slow, raise collective_timeout; else "
             f"it hangs: next time look where, before the time is over (py-spy dump --pid). {WAY_ON}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            file=sys.stderr,
+            flush=True,
+        )
     else:
         traceback.print_exception(error)  # now: once the others know, this process may be ended at any time
         why = "".join(traceback.format_exception_only(error)).split("\n")[0]
@@ -272,9 +273,17 @@ def shard(
 
 
 def load_models(
-    path: str, reference_path: str, world: World, vocabulary: int, *, compile: bool, activation_checkpointing: bool,
-    accumulate_whole: bool, offload_optimizer: bool, offload_reference: bool,
-) -> tuple[Transformer, Transformer | None, Transformer]:  # fmt: skip
+    path: str,
+    reference_path: str,
+    world: World,
+    vocabulary: int,
+    *,
+    compile: bool,
+    activation_checkpointing: bool,
+    accumulate_whole: bool,
+    offload_optimizer: bool,
+    offload_reference: bool,
+) -> tuple[Transformer, Transformer | None, Transformer]:
     """The policy, the reference (None for the path "") and the copy that samples, on this process's device.
 
     Policy: fp32, sharded. The others: bf16 on CUDA, else fp32; the reference sharded, the copy whole.
@@ -355,10 +364,16 @@ def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
 
 
 def sample_everywhere(
-    sampler: Sampler, world: World, prompts: list[list[int]], keys: list[int], group_size: int,
-    max_new_tokens: int | list[int], on_finished: Callable[[Rollout], None] | None = None,
-    request: StopRequest | None = None, **how,
-) -> list[Rollout]:  # fmt: skip
+    sampler: Sampler,
+    world: World,
+    prompts: list[list[int]],
+    keys: list[int],
+    group_size: int,
+    max_new_tokens: int | list[int],
+    on_finished: Callable[[Rollout], None] | None = None,
+    request: StopRequest | None = None,
+    **how,
+) -> list[Rollout]:
     """`sampler.generate` with the prompts dealt over ranks; every rank gets all rollouts, in prompt order.
 
     max_new_tokens: one number, or one per prompt. on_finished: is handed each of this rank's own as soon as it ends.
@@ -374,11 +389,14 @@ def sample_everywhere(
 
     try:
         rollouts = sampler.generate(
-            [prompts[i] for i in mine], keys=[keys[i] for i in mine], group_size=group_size,
-            max_new_tokens=[caps[i] for i in mine], **how,
+            [prompts[i] for i in mine],
+            keys=[keys[i] for i in mine],
+            group_size=group_size,
+            max_new_tokens=[caps[i] for i in mine],
+            **how,
             on_finished=on_finished and (lambda rollout: on_finished(of_all(rollout))),
             **({"should_stop": request.asked} if request else {}),
-        )  # fmt: skip
+        )
     except ValueError as error:
         raise UserError(f"sampling: {error}") from error
     if request:

@@ -184,11 +184,15 @@ def match_predictions(rows: Iterable[tuple[str, dict]], benches: Sequence[Bench]
 
 
 def answer(
-    bench: Bench, sampler: Sampler, tokenizer: Tokenizer, world: World, asking: Asking,
+    bench: Bench,
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    world: World,
+    asking: Asking,
     found: Mapping[Key, Prediction] | None = None,
     on_reply: Callable[[Key, Prediction], None] = lambda key, prediction: None,
     request: StopRequest | None = None,
-) -> dict[Key, Prediction]:  # fmt: skip
+) -> dict[Key, Prediction]:
     """Predictions for the chosen cases: those `found`, and the others, made on all ranks and known to all afterwards.
 
     A prompt that the model's context cannot hold is not asked, and a reply is cut off where the context ends.
@@ -225,12 +229,22 @@ def answer(
                 count(*item)
             for item in too_long.items():
                 made(*item)
-        rollouts = sample_everywhere(
-            sampler, world, [prompts[name] for name in asked], keys=[place[name] for name in asked],
-            group_size=asking.samples, temperature=asking.temperature, seed=asking.seed,
-            max_new_tokens=[min(asking.max_reply_tokens, context - len(prompts[name])) for name in asked],
-            on_finished=lambda rollout: made(*named(rollout), replies=world.size), request=request,
-        ) if asked else []  # fmt: skip
+        rollouts = (
+            sample_everywhere(
+                sampler,
+                world,
+                [prompts[name] for name in asked],
+                keys=[place[name] for name in asked],
+                group_size=asking.samples,
+                temperature=asking.temperature,
+                seed=asking.seed,
+                max_new_tokens=[min(asking.max_reply_tokens, context - len(prompts[name])) for name in asked],
+                on_finished=lambda rollout: made(*named(rollout), replies=world.size),
+                request=request,
+            )
+            if asked
+            else []
+        )
     return {**too_long, **dict(map(named, rollouts)), **found}
 
 
@@ -308,9 +322,13 @@ def _over_samples(figures: Sequence[Tally | float]) -> dict[str, Any]:
 
 
 def figures(
-    benches: Sequence[Bench], sampler: Sampler, tokenizer: Tokenizer, world: World, asking: Asking,
+    benches: Sequence[Bench],
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    world: World,
+    asking: Asking,
     request: StopRequest,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Ask the benches, one sample a case: the totals of all under names for a log; `request` as in `answer`."""
     found = {}
     for bench in benches:

@@ -18,15 +18,25 @@ from tooln1.tokenizer import Tokenizer
 
 ROLLOUT_KNOBS = ("rollout_rows", "rollout_cache_tokens", "max_reply_tokens")
 UPDATE_KNOBS = (
-    "tokens_per_microbatch", "logprob_chunk_tokens", "activation_checkpointing", "accumulate_whole", "kl_coef",
-    "offload_reference", "offload_optimizer",
-)  # fmt: skip
+    "tokens_per_microbatch",
+    "logprob_chunk_tokens",
+    "activation_checkpointing",
+    "accumulate_whole",
+    "kl_coef",
+    "offload_reference",
+    "offload_optimizer",
+)
 
 
 def keep_batch(
-    folder: Path, name: str, batches: Sequence[PackedBatch], rollouts: Sequence[Rollout], tokenizer: Tokenizer,
-    world: World, newest: int,
-) -> None:  # fmt: skip
+    folder: Path,
+    name: str,
+    batches: Sequence[PackedBatch],
+    rollouts: Sequence[Rollout],
+    tokenizer: Tokenizer,
+    world: World,
+    newest: int,
+) -> None:
     """Write the replies of a mini-batch, of all ranks, as `folder`/`name`.jsonl, and keep the `newest` such files.
 
     One line a reply: its text, tokens and advantage, and the log-prob of each token under the sampler, the policy

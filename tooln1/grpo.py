@@ -30,9 +30,7 @@ from torch import Tensor
 # --------------------------------------------------------------------------------------------------- advantages
 
 
-def group_advantages(
-    rewards: Tensor, groups: Tensor, eps: float = 1e-6, scale_by_std: bool = True
-) -> Tensor:
+def group_advantages(rewards: Tensor, groups: Tensor, eps: float = 1e-6, scale_by_std: bool = True) -> Tensor:
     """Advantage of each reply within its group (Eq. 4): (r - mean) / (std + eps), std unbiased.
 
     rewards [N] and groups [N] int (equal numbers share a prompt, in any order) -> [N], in the dtype of `rewards` or,

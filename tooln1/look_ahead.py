@@ -26,16 +26,21 @@ from tooln1.preflight import (
     schedule,
     stop_ids,
     template,
-)  # fmt: skip
+)
 from tooln1.run_dir import CHECKPOINTS
 from tooln1.tensorboard import tensorboard_writer
 from tooln1.tokenizer import Tokenizer
 
 
 def look_ahead(
-    settings: Mapping[str, Any], world: World, config: ModelConfig, reference: ModelConfig | None,
-    tokenizer: Tokenizer, examples: Sequence[Example | tuple[Example, str]], held_out: Sequence[Example],
-) -> None:  # fmt: skip
+    settings: Mapping[str, Any],
+    world: World,
+    config: ModelConfig,
+    reference: ModelConfig | None,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example | tuple[Example, str]],
+    held_out: Sequence[Example],
+) -> None:
     """Ask all that can be known of a run, and show a prompt. UserError for what cannot work, with `check` for warnings.
 
     settings: the run's settings by name, what may be "auto" resolved. Rank 0 looks, all ranks learn what it saw.
@@ -62,9 +67,14 @@ def look_ahead(
 
 
 def _seen(
-    settings: Mapping[str, Any], world: World, config: ModelConfig, reference: ModelConfig | None,
-    tokenizer: Tokenizer, examples: Sequence[Example | tuple[Example, str]], held_out: Sequence[Example],
-) -> list[Finding]:  # fmt: skip
+    settings: Mapping[str, Any],
+    world: World,
+    config: ModelConfig,
+    reference: ModelConfig | None,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example | tuple[Example, str]],
+    held_out: Sequence[Example],
+) -> list[Finding]:
     """The findings of all checks; prints a prompt, and with `check` the memory table and the findings."""
     supervised, cuda, think = settings["mode"] == "sft", world.device.type == "cuda", settings["think"]
     if settings["tensorboard"]:
@@ -80,26 +90,55 @@ def _seen(
         return {name: settings[name] for name in names}
 
     needed = estimate(
-        config, cuda=cuda, processes=world.size, available=device_bytes(world.device), reference=reference,
-        cache_tokens=settings["rollout_cache_tokens"], most_cache_tokens=cache,
-        **some("tokens_per_microbatch", "logprob_chunk_tokens", "activation_checkpointing", "accumulate_whole",
-               "offload_reference", "offload_optimizer"),
-    )  # fmt: skip
+        config,
+        cuda=cuda,
+        processes=world.size,
+        available=device_bytes(world.device),
+        reference=reference,
+        cache_tokens=settings["rollout_cache_tokens"],
+        most_cache_tokens=cache,
+        **some(
+            "tokens_per_microbatch",
+            "logprob_chunk_tokens",
+            "activation_checkpointing",
+            "accumulate_whole",
+            "offload_reference",
+            "offload_optimizer",
+        ),
+    )
     present = [step_of(path) for path in complete_checkpoints(Path(settings["run_dir"]) / CHECKPOINTS)]
     steps = settings["steps"] or settings["epochs"] * (len(examples) // settings["prompts_per_step"])
     found = [
-        *schedule(len(examples), processes=world.size,
-                  **some("prompts_per_step", "prompts_per_minibatch", "epochs", "steps")),
-        *lengths(longest, max(replies), group, settings["tokens_per_microbatch"], context,
-                 0 if supervised else settings["rollout_cache_tokens"]),
+        *schedule(
+            len(examples), processes=world.size, **some("prompts_per_step", "prompts_per_minibatch", "epochs", "steps")
+        ),
+        *lengths(
+            longest,
+            max(replies),
+            group,
+            settings["tokens_per_microbatch"],
+            context,
+            0 if supervised else settings["rollout_cache_tokens"],
+        ),
         *stop_ids(tokenizer, config.vocab_size),
         *template(tokenizer, plain, think, settings["reward"], supervised),
         *leaks(plain, held_out),
-        *memory(needed, cuda=cuda, device_bytes=device_bytes(world.device), host_bytes=host_bytes(),
-                local_processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-        *disk(settings["run_dir"], config.num_parameters, present=present,
-              **some("save_every", "keep_checkpoints", "keep_every"), steps=steps, export_bytes=2 if cuda else 4),
-    ]  # fmt: skip
+        *memory(
+            needed,
+            cuda=cuda,
+            device_bytes=device_bytes(world.device),
+            host_bytes=host_bytes(),
+            local_processes=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        ),
+        *disk(
+            settings["run_dir"],
+            config.num_parameters,
+            present=present,
+            **some("save_every", "keep_checkpoints", "keep_every"),
+            steps=steps,
+            export_bytes=2 if cuda else 4,
+        ),
+    ]
     head, *prompt = sample(tokenizer, plain[0], think).split("\n")
     if settings["check"]:
         print(head, *prompt, "", "memory of one process:", table(needed), "", report(found), sep="\n")

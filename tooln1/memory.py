@@ -59,10 +59,21 @@ class Estimate:
 
 
 def estimate(
-    config: ModelConfig, *, cuda: bool, processes: int, available: int, reference: ModelConfig | None,
-    tokens_per_microbatch: int, logprob_chunk_tokens: int, activation_checkpointing: bool, accumulate_whole: bool,
-    offload_reference: bool, offload_optimizer: bool, cache_tokens: int, most_cache_tokens: int,
-) -> Estimate:  # fmt: skip
+    config: ModelConfig,
+    *,
+    cuda: bool,
+    processes: int,
+    available: int,
+    reference: ModelConfig | None,
+    tokens_per_microbatch: int,
+    logprob_chunk_tokens: int,
+    activation_checkpointing: bool,
+    accumulate_whole: bool,
+    offload_reference: bool,
+    offload_optimizer: bool,
+    cache_tokens: int,
+    most_cache_tokens: int,
+) -> Estimate:
     """The parts of one of `processes` that train a model of this config, as train.py and distributed.py build it.
 
     available:         bytes the device has for the process; the sampler takes its share of what is free of them.
@@ -94,8 +105,13 @@ def estimate(
         Part("weights and gradients kept whole", (number + FP32) * whole * kept_whole),
         Part("key/value cache", token * cache, certain=cuda and cache_tokens > 0),
         Part("activations", kept, certain=False),
-        Part("passes", _passes(config, tokens_per_microbatch, logprob_chunk_tokens, activation_checkpointing, kept,
-                               number, sharded), certain=False),
+        Part(
+            "passes",
+            _passes(
+                config, tokens_per_microbatch, logprob_chunk_tokens, activation_checkpointing, kept, number, sharded
+            ),
+            certain=False,
+        ),
     )
     ways_out = (
         ("offload_optimizer true (now false)", cuda and not offload_optimizer),
@@ -147,8 +163,10 @@ def _passes(
 
 def table(found: Estimate) -> str:
     """The parts of one process, a line each, and the sum."""
-    rows = [(part.name, part.bytes, "" if part.certain else "estimated", "on the host" if part.offloaded else "")
-            for part in found.parts]  # fmt: skip
+    rows = [
+        (part.name, part.bytes, "" if part.certain else "estimated", "on the host" if part.offloaded else "")
+        for part in found.parts
+    ]
     rows.append(("at the peak, where it computes", found.total(), "", ""))
     width = max(len(row[0]) for row in rows)
     lines = (f"  {name:<{width}}  {shown(count):>9}  {' '.join(words)}" for name, count, *words in rows)

@@ -9,9 +9,14 @@ from tooln1.errors import UserError
 from tooln1.jsonl import shown
 
 SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 MAX_SIZE = 2**24  # of each; a matrix of two of them still has a size that 64 bits can count
 
 
@@ -70,8 +75,15 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     _refuse_unsupported(raw, rope_type, where)
     values = raw | {"rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}
-    needed = ("rope_theta", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-              "num_attention_heads", "rms_norm_eps")  # fmt: skip
+    needed = (
+        "rope_theta",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "rms_norm_eps",
+    )
     for key in needed:
         if values.get(key) is None:
             raise UserError(f"{where}: '{key}' is missing; the model cannot be built without it.")

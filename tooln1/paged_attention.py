@@ -223,9 +223,13 @@ class FlexPages:
         # The H/K query heads of a key head stand as its queries: FlexAttention's own grouping wants a power of two.
         grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, H/K, D]
         mask = BlockMask.from_kv_blocks(
-            self.counts[:, None, None], self.table[:, None, None], BLOCK_SIZE=(128, self.cache.page_size),
-            mask_mod=self.seen, seq_lengths=(grouped.shape[2], keys.shape[2]), compute_q_blocks=False,
-        )  # fmt: skip
+            self.counts[:, None, None],
+            self.table[:, None, None],
+            BLOCK_SIZE=(128, self.cache.page_size),
+            mask_mod=self.seen,
+            seq_lengths=(grouped.shape[2], keys.shape[2]),
+            compute_q_blocks=False,
+        )
         # Its own choice on Hopper is a single stage, which leaves memory waiting.
         options = {"BLOCK_N": min(64, self.cache.page_size), "num_stages": 3} if q.is_cuda else None
         return compiled_flex_attention()(grouped, keys, values, block_mask=mask, kernel_options=options).flatten(1, 2)

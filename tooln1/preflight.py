@@ -63,15 +63,19 @@ def leaks(train: Sequence[Example], held_out: Sequence[Example]) -> list[Finding
         if row := rows.get(source_row(example.id)):
             same_row.append((example.id, row))
     if itself == len(held_out):
-        text = (f"all {itself} held-out examples are training examples: figures on them are training accuracy; name "
-                "other examples as eval_data (python -m tooln1.data makes a split).")  # fmt: skip
+        text = (
+            f"all {itself} held-out examples are training examples: figures on them are training accuracy; name "
+            "other examples as eval_data (python -m tooln1.data makes a split)."
+        )
         return [Finding("warning", "leaks", text)]
     found = []
     for pairs, what in ((same_row, "come from a source row"), (same_content, "have the query and the tools of one")):
         if pairs:
-            text = (f"{len(pairs)} of {len(held_out)} held-out examples {what} that is trained on (the first: "
-                    f"{pairs[0][0]}, as {pairs[0][1]} in training), so figures on them are too good; take them out, "
-                    "or split anew with python -m tooln1.data.")  # fmt: skip
+            text = (
+                f"{len(pairs)} of {len(held_out)} held-out examples {what} that is trained on (the first: "
+                f"{pairs[0][0]}, as {pairs[0][1]} in training), so figures on them are too good; take them out, "
+                "or split anew with python -m tooln1.data."
+            )
             found.append(Finding("warning", "leaks", text))
     none = f"none of {len(held_out)} held-out examples shares its source row, or query and tools, with {len(train)}."
     return found or [Finding("ok", "leaks", none)]
@@ -142,8 +146,13 @@ def _template_faults(
     level = "error" if supervised else "warning"
     last = tokenizer.encode(finished.rstrip())[-1:]
     if not set(last) & set(stops):
-        yield level, (f"the chat template ends a turn with {tokenizer.decode(last)!r} {last}, none of the stop ids "
-                      f"{list(stops)}; add it to eos_token_id in generation_config.json")  # fmt: skip
+        yield (
+            level,
+            (
+                f"the chat template ends a turn with {tokenizer.decode(last)!r} {last}, none of the stop ids "
+                f"{list(stops)}; add it to eos_token_id in generation_config.json"
+            ),
+        )
     if supervised and not finished.startswith(prompt):
         yield level, "the chat template does not begin a finished reply with its prompt: it cannot be imitated"
 
@@ -161,8 +170,10 @@ def stop_ids(tokenizer: Tokenizer, model_vocab_size: int) -> list[Finding]:
     unknown = [stop for stop in stops if stop >= ids or not tokenizer.decode([stop])]
     if unknown:
         level = "error" if len(unknown) == len(stops) else "warning"
-        text = (f"stop ids {unknown} of {list(stops)} are no tokens of the tokenizer, which has ids below {ids}: no "
-                "reply can end with them; mend eos_token_id in generation_config.json.")  # fmt: skip
+        text = (
+            f"stop ids {unknown} of {list(stops)} are no tokens of the tokenizer, which has ids below {ids}: no "
+            "reply can end with them; mend eos_token_id in generation_config.json."
+        )
         return [Finding(level, "stop ids", text)]
     words = ", ".join(f"{stop} {tokenizer.decode([stop])}" for stop in stops)
     return [Finding("ok", "stop ids", f"{words}; the tokenizer has {ids} ids, the model {model_vocab_size}.")]
@@ -193,9 +204,13 @@ def longest_prompt(tokenizer: Tokenizer, examples: Iterable[Example], think: boo
 
 
 def lengths(
-    longest: int, max_reply_tokens: int, group_size: int, tokens_per_microbatch: int, context: int | None,
+    longest: int,
+    max_reply_tokens: int,
+    group_size: int,
+    tokens_per_microbatch: int,
+    context: int | None,
     cache_tokens: int = 0,
-) -> list[Finding]:  # fmt: skip
+) -> list[Finding]:
     """The `longest` prompt and its replies, in tokens, against the model's context, the micro-batch and the cache.
 
     context: max_position_embeddings, None where config.json does not say. mode sft: group_size 1, and the longest
@@ -203,27 +218,37 @@ def lengths(
     """
     sequence, found = longest + max_reply_tokens, []
     if context and longest >= context:
-        text = (f"the longest prompt has {longest} tokens, the model's context {context}: it would stop the run; "
-                f"set max_prompt_tokens below {context}.")  # fmt: skip
+        text = (
+            f"the longest prompt has {longest} tokens, the model's context {context}: it would stop the run; "
+            f"set max_prompt_tokens below {context}."
+        )
         found.append(Finding("error", "lengths", text))
     elif context and sequence > context:
-        text = (f"a prompt of {longest} tokens and max_reply_tokens {max_reply_tokens} go beyond the model's context "
-                f"of {context}, which it was never trained for; lower max_reply_tokens to {context - longest}, or "
-                "max_prompt_tokens.")  # fmt: skip
+        text = (
+            f"a prompt of {longest} tokens and max_reply_tokens {max_reply_tokens} go beyond the model's context "
+            f"of {context}, which it was never trained for; lower max_reply_tokens to {context - longest}, or "
+            "max_prompt_tokens."
+        )
         found.append(Finding("warning", "lengths", text))
     if 0 < cache_tokens < sequence:
-        text = (f"a prompt and its reply may have {sequence} tokens, rollout_cache_tokens is {cache_tokens}: it would "
-                f"stop the run; raise it to {sequence + 16} or more, or lower max_reply_tokens.")  # fmt: skip
+        text = (
+            f"a prompt and its reply may have {sequence} tokens, rollout_cache_tokens is {cache_tokens}: it would "
+            f"stop the run; raise it to {sequence + 16} or more, or lower max_reply_tokens."
+        )
         found.append(Finding("error", "lengths", text))
     if sequence > tokens_per_microbatch:
-        text = (f"one reply and its prompt may have {sequence} tokens, tokens_per_microbatch is "
-                f"{tokens_per_microbatch}: such a one is computed whole, and may not fit into memory; raise "
-                "tokens_per_microbatch to the memory there is, or lower max_reply_tokens.")  # fmt: skip
+        text = (
+            f"one reply and its prompt may have {sequence} tokens, tokens_per_microbatch is "
+            f"{tokens_per_microbatch}: such a one is computed whole, and may not fit into memory; raise "
+            "tokens_per_microbatch to the memory there is, or lower max_reply_tokens."
+        )
         found.append(Finding("warning", "lengths", text))
     group = longest + group_size * max_reply_tokens
     fits = "fits" if group <= tokens_per_microbatch else "is split, its prompt computed again, above"
-    seen = (f"longest prompt {longest}, with a reply at most {sequence} of {context or 'unknown'} tokens of context; a "
-            f"group, at most {group}, {fits} tokens_per_microbatch {tokens_per_microbatch}.")  # fmt: skip
+    seen = (
+        f"longest prompt {longest}, with a reply at most {sequence} of {context or 'unknown'} tokens of context; a "
+        f"group, at most {group}, {fits} tokens_per_microbatch {tokens_per_microbatch}."
+    )
     return found or [Finding("ok", "lengths", seen)]
 
 
@@ -232,12 +257,16 @@ def schedule(
 ) -> list[Finding]:
     """Examples in steps, steps in mini-batches, both over processes: what divides what. `steps` 0: epochs decide."""
     if prompts_per_step > examples:
-        text = (f"prompts_per_step is {prompts_per_step}, but only {examples} training examples are there; lower it to "
-                f"{examples} or less, or give more data.")  # fmt: skip
+        text = (
+            f"prompts_per_step is {prompts_per_step}, but only {examples} training examples are there; lower it to "
+            f"{examples} or less, or give more data."
+        )
         return [Finding("error", "schedule", text)]
     if prompts_per_step % prompts_per_minibatch:
-        text = (f"prompts_per_minibatch ({prompts_per_minibatch}) does not divide prompts_per_step "
-                f"({prompts_per_step}); choose a divisor.")  # fmt: skip
+        text = (
+            f"prompts_per_minibatch ({prompts_per_minibatch}) does not divide prompts_per_step "
+            f"({prompts_per_step}); choose a divisor."
+        )
         return [Finding("error", "schedule", text)]
     per_epoch, left_out = divmod(examples, prompts_per_step)
     total = steps or epochs * per_epoch
@@ -246,18 +275,18 @@ def schedule(
         if count < processes:
             text = f"{name} is {count}: {processes - count} of {processes} processes have nothing to do; raise it."
             found.append(Finding("warning", "schedule", text))
-    seen = (f"{total} steps of {prompts_per_step} prompts in mini-batches of {prompts_per_minibatch}, with {processes} "
-            f"process{'es' * (processes > 1)}: {total / per_epoch:,.1f} passes over the data, {per_epoch} steps each "
-            f"({left_out} of the {examples} examples do not fill a step).")  # fmt: skip
+    seen = (
+        f"{total} steps of {prompts_per_step} prompts in mini-batches of {prompts_per_minibatch}, with {processes} "
+        f"process{'es' * (processes > 1)}: {total / per_epoch:,.1f} passes over the data, {per_epoch} steps each "
+        f"({left_out} of the {examples} examples do not fill a step)."
+    )
     return found + [Finding("ok", "schedule", seen)]
 
 
 # ------------------------------------------------------------------------------------------------ the machine
 
 
-def memory(
-    needed: Estimate, *, cuda: bool, device_bytes: int, host_bytes: int, local_processes: int
-) -> list[Finding]:
+def memory(needed: Estimate, *, cuda: bool, device_bytes: int, host_bytes: int, local_processes: int) -> list[Finding]:
     """A process's estimate against its GPU, or those of all `local_processes` of this machine against its memory.
 
     device_bytes: what a GPU has (`memory.device_bytes`, before models are loaded); not looked at on the CPU.
@@ -272,26 +301,39 @@ def _fits(needed: Estimate, place: str, offloaded: bool, processes: int, there: 
     certain, total = needed.certain(offloaded) * processes, needed.total(offloaded) * processes
     loading = 0 if offloaded else needed.loading * processes
     if loading > there:
-        text = (f"while it is loaded, the whole policy in fp32 needs {shown(loading)} of {place}, which has "
-                f"{shown(there)}: this cannot work; take a smaller model or more memory.")  # fmt: skip
+        text = (
+            f"while it is loaded, the whole policy in fp32 needs {shown(loading)} of {place}, which has "
+            f"{shown(there)}: this cannot work; take a smaller model or more memory."
+        )
         return Finding("error", "memory", text)
     if certain > there:
-        text = (f"weights, gradients, Adam's moments and copies alone need {shown(certain)} of {place}, which has "
-                f"{shown(there)}: this cannot work; ways out: {'; '.join(needed.ways_out)}.")  # fmt: skip
+        text = (
+            f"weights, gradients, Adam's moments and copies alone need {shown(certain)} of {place}, which has "
+            f"{shown(there)}: this cannot work; ways out: {'; '.join(needed.ways_out)}."
+        )
         return Finding("error", "memory", text)
     if total > there:
         ways = "; ".join(needed.more_ways_out + needed.ways_out)
-        text = (f"about {shown(total)} ({shown(certain)} of it for sure) are needed of {place}, which has "
-                f"{shown(there)}; ways out: {ways}.")  # fmt: skip
+        text = (
+            f"about {shown(total)} ({shown(certain)} of it for sure) are needed of {place}, which has "
+            f"{shown(there)}; ways out: {ways}."
+        )
         return Finding("warning", "memory", text)
     text = f"about {shown(total)} ({shown(certain)} of it for sure) of {place}, which has {shown(there)}."
     return Finding("ok", "memory", text)
 
 
 def disk(
-    run_dir: str | Path, parameters: int, *, present: Sequence[int], steps: int, save_every: int,
-    keep_checkpoints: int, keep_every: int, export_bytes: int,
-) -> list[Finding]:  # fmt: skip
+    run_dir: str | Path,
+    parameters: int,
+    *,
+    present: Sequence[int],
+    steps: int,
+    save_every: int,
+    keep_checkpoints: int,
+    keep_every: int,
+    export_bytes: int,
+) -> list[Finding]:
     """The checkpoints and the export still to be written, at their peak, against what is free where `run_dir` is.
 
     present: the steps of the checkpoints there, oldest first; the run goes on behind the last.
@@ -305,10 +347,14 @@ def disk(
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    words = (f"{shown(needed)} will be needed in {run_dir} (checkpoints of {shown(one)}, at most {peak} at once, "
-             f"{len(present)} there already; the model {shown(export)}), {shown(free)} are free")  # fmt: skip
-    way_out = (f"; make room, choose another run_dir, or change keep_checkpoints ({keep_checkpoints}) or keep_every "
-               f"({keep_every}).")  # fmt: skip
+    words = (
+        f"{shown(needed)} will be needed in {run_dir} (checkpoints of {shown(one)}, at most {peak} at once, "
+        f"{len(present)} there already; the model {shown(export)}), {shown(free)} are free"
+    )
+    way_out = (
+        f"; make room, choose another run_dir, or change keep_checkpoints ({keep_checkpoints}) or keep_every "
+        f"({keep_every})."
+    )
     if free < min(needed, one + export):
         return [Finding("error", "disk", f"{words}: not even for one checkpoint and the model{way_out}")]
     if free < needed:
@@ -336,6 +382,14 @@ def report(findings: Iterable[Finding], width: int = 120) -> str:
     lines = []
     for finding in findings:
         head = f"{finding.level:<7}  {finding.about:<8}  "
-        lines.append(textwrap.fill(finding.text, width, initial_indent=head, subsequent_indent=" " * len(head),
-                                   break_on_hyphens=False, break_long_words=False))  # fmt: skip
+        lines.append(
+            textwrap.fill(
+                finding.text,
+                width,
+                initial_indent=head,
+                subsequent_indent=" " * len(head),
+                break_on_hyphens=False,
+                break_long_words=False,
+            )
+        )
     return "\n".join(lines)

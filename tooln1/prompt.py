@@ -46,14 +46,7 @@ XLAM_SYSTEM = (
 
 # {tools} is one tool a line.
 TOOLS_SECTION = (
-    "# Tool\n"
-    "\n"
-    "Here is a list of functions in JSON format that you can invoke:\n"
-    "\n"
-    "<tools>\n"
-    "{tools}\n"
-    "</tools>\n"
-    "\n"
+    "# Tool\n\nHere is a list of functions in JSON format that you can invoke:\n\n<tools>\n{tools}\n</tools>\n\n"
 )
 
 # Follows the tools in training and evaluation.

@@ -61,9 +61,7 @@ def score(rule: Rule, reply_text: str, answer: Calls | str) -> float:
     return paid + (rule.format_value if reply.has_think else 0.0)
 
 
-REWARDS: dict[str, Callable[[str, Calls | str], float]] = {
-    name: partial(score, rule) for name, rule in RULES.items()
-}
+REWARDS: dict[str, Callable[[str, Calls | str], float]] = {name: partial(score, rule) for name, rule in RULES.items()}
 
 
 def match(reply: Reply, gold: Calls) -> Match:

@@ -16,7 +16,7 @@ from tooln1.checkpoint import (
     faults_of,
     read_checkpoint,
     unfinished,
-)  # fmt: skip
+)
 from tooln1.distributed import World
 from tooln1.errors import UserError, check_writable, clear_up
 

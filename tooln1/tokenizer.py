@@ -108,9 +108,7 @@ class Tokenizer:
         """The token ids that ask for a reply to the messages."""
         return self.encode(self.render(messages, add_generation_prompt=True))
 
-    def render(
-        self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False
-    ) -> str:
+    def render(self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False) -> str:
         """Chat messages as the one text the model was trained on.
 
         messages: [{"role", "content", ...}, ...] as the model's template expects them.
@@ -200,9 +198,7 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     return named
 
 
-def _read_stop_ids(
-    directory: Path, backend: tokenizers.Tokenizer, special_tokens: dict[str, str]
-) -> tuple[int, ...]:
+def _read_stop_ids(directory: Path, backend: tokenizers.Tokenizer, special_tokens: dict[str, str]) -> tuple[int, ...]:
     file = directory / "generation_config.json"
     given = _read_json_object(file).get("eos_token_id")
     if given is not None:

@@ -130,10 +130,13 @@ def _cases(category: str, folder: Path, seen: set[str]) -> Iterator[AceCase]:
     for (where, row), (answered, answer) in zip(questions, answers, strict=True):
         functions, gold = field(row, "function", list, where), answer.get("ground_truth")
         example = {
-            "id": field(row, "id", str, where), "source": category, "system": XLAM_SYSTEM,
-            "tools": [_tool(function, where) for function in functions], "messages": _messages(row, where),
+            "id": field(row, "id", str, where),
+            "source": category,
+            "system": XLAM_SYSTEM,
+            "tools": [_tool(function, where) for function in functions],
+            "messages": _messages(row, where),
             "answer": [],
-        }  # fmt: skip
+        }
         case = AceCase(row["id"], category, checked_example(example, where, seen), gold, functions)
         for gold in case.golds or [None]:
             _check_gold(gold, functions, answered)

@@ -21,10 +21,22 @@ Gold = dict[str, dict[str, Any]]  # {function name, perhaps with a number: {para
 
 # Declared type -> the value's type, and the declared types whose elements have a type too.
 TYPES: dict[str, type] = {
-    "string": str, "any": str, "integer": int, "int": int, "number": int, "float": float, "boolean": bool,
-    "array": list, "tuple": list, "list": list, "list(string)": list, "list(enum)": list, "object": dict, "dict": dict,
+    "string": str,
+    "any": str,
+    "integer": int,
+    "int": int,
+    "number": int,
+    "float": float,
+    "boolean": bool,
+    "array": list,
+    "tuple": list,
+    "list": list,
+    "list(string)": list,
+    "list(enum)": list,
+    "object": dict,
+    "dict": dict,
     "enum": enumerate,  # as the official table has it: no value is one
-}  # fmt: skip
+}
 _ELEMENTS = {"array": dict, "tuple": dict, "object": dict, "list(string)": str, "list(enum)": enumerate}  # by default
 
 

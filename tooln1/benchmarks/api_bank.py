@@ -146,11 +146,16 @@ def _cases(folder: str, name: str, turns: list[tuple[str, dict]], tools: dict, s
         answer = [{"name": turn["api_name"], "arguments": turn["param_dict"]}]
         past = [earlier for _, earlier in turns[:index] if earlier.get("api_name") != SEARCH or not searches]
         example = {
-            "id": f"{folder}/{name}/{number}", "source": LEVELS[folder], "system": XLAM_SYSTEM,
-            "tools": [tools[api] for api in offered], "answer": answer,
-            "messages": [*(message for earlier in past for message in _messages(earlier)),
-                         {"role": "user", "content": REQUEST}],
-        }  # fmt: skip
+            "id": f"{folder}/{name}/{number}",
+            "source": LEVELS[folder],
+            "system": XLAM_SYSTEM,
+            "tools": [tools[api] for api in offered],
+            "answer": answer,
+            "messages": [
+                *(message for earlier in past for message in _messages(earlier)),
+                {"role": "user", "content": REQUEST},
+            ],
+        }
         yield Case(example["id"], LEVELS[folder], checked_example(example, where, seen), answer)
 
 
@@ -207,8 +212,10 @@ def _check_turn(turn: Any, where: str) -> None:
     if not isinstance(turn, dict):
         raise UserError(f"{where}: expected a turn, found {kind_of(turn)}")
     shapes = {
-        "User": {"text": str}, "AI": {"text": str}, "API": {"api_name": str, "param_dict": dict, "result": dict},
-    }  # fmt: skip
+        "User": {"text": str},
+        "AI": {"text": str},
+        "API": {"api_name": str, "param_dict": dict, "result": dict},
+    }
     role = field(turn, "role", str, where)
     if role not in shapes:
         raise UserError(f'{where}: unknown role "{role}"; known are {", ".join(shapes)}')

@@ -35,8 +35,16 @@ from tooln1.errors import atomic_write
 from tooln1.prompt import call_blocks, read_json
 
 __all__ = [
-    "CATEGORIES", "CHANGED_SINCE_PAPER", "NEVER_RIGHT", "BfclCase", "export", "load", "score", "score_output", "totals",
-]  # fmt: skip
+    "CATEGORIES",
+    "CHANGED_SINCE_PAPER",
+    "NEVER_RIGHT",
+    "BfclCase",
+    "export",
+    "load",
+    "score",
+    "score_output",
+    "totals",
+]
 
 
 # ------------------------------------------------------------------------------------------------------ scoring

@@ -32,10 +32,18 @@ class Language:
 
 PYTHON = Language(
     "Python 3",
-    {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list, "dict": dict,
-     "any": str},
+    {
+        "string": str,
+        "integer": int,
+        "float": float,
+        "boolean": bool,
+        "array": list,
+        "tuple": list,
+        "dict": dict,
+        "any": str,
+    },
     ("array", "tuple"),
-)  # fmt: skip
+)
 JAVA = Language("Java 8 SDK", JAVA_TYPES, ("Array", "ArrayList"), java_value, "type_error:java")
 JAVASCRIPT = Language("JavaScript", JAVASCRIPT_TYPES, ("array",), javascript_value, "type_error:js")
 

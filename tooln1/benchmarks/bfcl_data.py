@@ -38,19 +38,41 @@ V3_IDS = {"live_multiple_1052-79-0": "live_multiple_1052-279-0"}
 # Entries that nobody wins by what the question asks for: no value of the declared type is accepted, or a parameter is
 # demanded that does not exist. (An oddity: simple_java_64 takes an empty map.)
 NEVER_RIGHT = (
-    "simple_java_36", "simple_java_64", "simple_java_65", "live_simple_106-63-0", "live_simple_112-68-0",
-    "live_multiple_862-181-3", "live_multiple_964-207-0",
-)  # fmt: skip
+    "simple_java_36",
+    "simple_java_64",
+    "simple_java_65",
+    "live_simple_106-63-0",
+    "live_simple_112-68-0",
+    "live_multiple_862-181-3",
+    "live_multiple_964-207-0",
+)
 
 # Entries of bfcl-eval 2026.3.23 that are new or other than on 2025-04-13 (gorilla 9108a65), which the paper used,
 # and live_relevance_16-16-0, which was dropped.
 CHANGED_SINCE_PAPER = (
-    "simple_python_363", "simple_javascript_41", "parallel_84", "parallel_155", "parallel_158", "parallel_170",
-    "parallel_multiple_141", "live_simple_137-90-0", "live_simple_138-91-0", "live_simple_205-116-13",
-    "live_multiple_44-17-0", "live_multiple_1052-279-0", "live_parallel_9-5-0", "irrelevance_7", "irrelevance_232",
-    "live_irrelevance_882-882-0", "live_irrelevance_883-883-0", "live_relevance_3-3-0", "live_relevance_13-13-0",
-    "live_relevance_14-14-0", "live_relevance_15-15-0", "live_relevance_16-16-0",
-)  # fmt: skip
+    "simple_python_363",
+    "simple_javascript_41",
+    "parallel_84",
+    "parallel_155",
+    "parallel_158",
+    "parallel_170",
+    "parallel_multiple_141",
+    "live_simple_137-90-0",
+    "live_simple_138-91-0",
+    "live_simple_205-116-13",
+    "live_multiple_44-17-0",
+    "live_multiple_1052-279-0",
+    "live_parallel_9-5-0",
+    "irrelevance_7",
+    "irrelevance_232",
+    "live_irrelevance_882-882-0",
+    "live_irrelevance_883-883-0",
+    "live_relevance_3-3-0",
+    "live_relevance_13-13-0",
+    "live_relevance_14-14-0",
+    "live_relevance_15-15-0",
+    "live_relevance_16-16-0",
+)
 
 
 @dataclass(frozen=True)
@@ -69,9 +91,12 @@ def language_of(category: str) -> Language:
 
 # Where the data lie in a bfcl-eval installation (its own folder or site-packages) and in gorilla, new and old.
 DATA_FOLDERS = (
-    ".", "data", "bfcl_eval/data", "berkeley-function-call-leaderboard/bfcl_eval/data",
+    ".",
+    "data",
+    "bfcl_eval/data",
+    "berkeley-function-call-leaderboard/bfcl_eval/data",
     "berkeley-function-call-leaderboard/data",
-)  # fmt: skip
+)
 
 
 def load(path: str | os.PathLike) -> list[BfclCase]:
@@ -132,10 +157,13 @@ def _cases(category: str, file: Path, answer_file: Path | None, seen: set[str]) 
         if category in AST:
             _check_functions(functions, gold, language, where)
         example = {
-            "id": _id(row, where), "source": category, "system": XLAM_SYSTEM, "messages": _messages(row, where),
+            "id": _id(row, where),
+            "source": category,
+            "system": XLAM_SYSTEM,
+            "messages": _messages(row, where),
             "tools": [_described(function, language, where) for function in functions],
             "answer": [],  # a reply may be right in many ways: `gold` has them
-        }  # fmt: skip
+        }
         yield BfclCase(example["id"], category, checked_example(example, where, seen), gold, functions)
 
 

@@ -19,13 +19,30 @@ from typing import Any
 
 # Declared type -> the type it is compared as.
 JAVA_TYPES = {
-    "byte": int, "short": int, "integer": int, "long": int, "float": float, "double": float, "boolean": bool,
-    "char": str, "String": str, "any": str, "Array": list, "ArrayList": list, "HashMap": dict,
-}  # fmt: skip
+    "byte": int,
+    "short": int,
+    "integer": int,
+    "long": int,
+    "float": float,
+    "double": float,
+    "boolean": bool,
+    "char": str,
+    "String": str,
+    "any": str,
+    "Array": list,
+    "ArrayList": list,
+    "HashMap": dict,
+}
 JAVASCRIPT_TYPES = {
-    "integer": int, "Bigint": int, "float": float, "Boolean": bool, "String": str, "any": str, "array": list,
+    "integer": int,
+    "Bigint": int,
+    "float": float,
+    "Boolean": bool,
+    "String": str,
+    "any": str,
+    "array": list,
     "dict": dict,
-}  # fmt: skip
+}
 
 
 def java_value(text: str, kind: str, element: str | None = None) -> Any:
@@ -92,13 +109,25 @@ def _python_number(text: str) -> Any:
 
 
 _JAVA_SCALARS: dict[str, Callable[[str], Any]] = {
-    "byte": _integer, "short": _integer, "integer": _integer, "long": _long, "float": _float, "double": _double,
-    "boolean": _boolean, "char": str, "String": str, "any": str,
-}  # fmt: skip
-_JAVASCRIPT_SCALARS: dict[str, Callable[[str], Any]] = {
-    "integer": _integer, "Bigint": _bigint, "float": _javascript_float, "Boolean": _boolean, "String": _unquoted,
+    "byte": _integer,
+    "short": _integer,
+    "integer": _integer,
+    "long": _long,
+    "float": _float,
+    "double": _double,
+    "boolean": _boolean,
+    "char": str,
+    "String": str,
     "any": str,
-}  # fmt: skip
+}
+_JAVASCRIPT_SCALARS: dict[str, Callable[[str], Any]] = {
+    "integer": _integer,
+    "Bigint": _bigint,
+    "float": _javascript_float,
+    "Boolean": _boolean,
+    "String": _unquoted,
+    "any": str,
+}
 
 
 _JAVA_SUFFIXES = tuple("lLfF")
