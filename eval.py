@@ -25,9 +25,7 @@ from pathlib import Path
 import torch
 
 from tooln1.benchmarks import NAMES, bfcl
-from tooln1.distributed import World, launch
-from tooln1.errors import UserError, atomic_write, check_writable, exit_on_user_error
-from tooln1.evaluation import (
+from tooln1.benchmarks.runner import (
     CHANGED,
     MAKE_THE_SCORE_WRONG,
     MOST_SAMPLES,
@@ -45,12 +43,15 @@ from tooln1.evaluation import (
     score_bench,
     summarise,
 )
-from tooln1.evaluation_table import comparison, footnotes, note_lines, problem_lines, table
-from tooln1.jsonl import read_rows
-from tooln1.metrics import JsonlLog, read_jsonl, to_json
+from tooln1.benchmarks.table import comparison, footnotes, note_lines, problem_lines, table
+from tooln1.distributed import World, launch
+from tooln1.io.errors import UserError, exit_on_user_error
+from tooln1.io.files import atomic_write, check_writable
+from tooln1.io.jsonl import read_rows
 from tooln1.model import Transformer, load_model, read_config
-from tooln1.preflight import stop_ids
-from tooln1.rollout import Sampler
+from tooln1.run.metrics import JsonlLog, read_jsonl, to_json
+from tooln1.run.preflight import stop_ids
+from tooln1.sampler.sampler import Sampler
 from tooln1.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 NOT_COMPARED = ("model", "data")  # paths may move; what lies there is compared by its fingerprint

@@ -17,29 +17,31 @@ from pathlib import Path
 
 import torch
 
-from tooln1 import weights
 from tooln1.batch import PackedBatch, minibatch_rows, pack, plan
-from tooln1.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, set_aside
+from tooln1.benchmarks.runner import Asking, Bench, figures, held_out_bench, load_benches
 from tooln1.config import allowed_changes, load_config, refuse_changes, to_toml
-from tooln1.data import EpochOrder, Example, drop_long, read_examples
-from tooln1.distributed import World, copy_weights, launch, load_models, reshard, sample_everywhere
-from tooln1.errors import Stopped, UserError, atomic_write, check_writable, exit_on_user_error
-from tooln1.evaluation import Asking, Bench, figures, held_out_bench, load_benches
-from tooln1.faults import keep_batch, memory_in_words, ruined
+from tooln1.data import EpochOrder, Example, Rollout, fingerprint, read_examples
+from tooln1.distributed import World, copy_weights, launch, load_models, reshard
 from tooln1.grpo import group_advantages, loss_total
-from tooln1.interrupt import StopRequest
-from tooln1.look_ahead import look_ahead
-from tooln1.metrics import Metrics, RunLog, progress
+from tooln1.io import weights
+from tooln1.io.errors import Stopped, UserError, exit_on_user_error
+from tooln1.io.files import atomic_write, check_writable
+from tooln1.io.model_config import pair_cost
+from tooln1.io.progress import progress
 from tooln1.model import Transformer, model_files, read_config, save_model
-from tooln1.model_config import pair_cost
-from tooln1.order import fingerprint
-from tooln1.prompt import build_messages
-from tooln1.reply_metrics import add_reply_metrics, add_sampler_gap, add_sampler_stats
+from tooln1.prompt import build_messages, drop_long
 from tooln1.rewards import REWARDS
-from tooln1.rollout import Rollout, Sampler
-from tooln1.run_dir import CHECKPOINTS, claimed, find_checkpoint, is_in, refuse_other_contents
+from tooln1.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, set_aside
+from tooln1.run.faults import keep_batch, memory_in_words, ruined
+from tooln1.run.look_ahead import look_ahead
+from tooln1.run.metrics import Metrics, RunLog
+from tooln1.run.reply_metrics import add_reply_metrics, add_sampler_gap, add_sampler_stats
+from tooln1.run.run_dir import CHECKPOINTS, claimed, find_checkpoint, is_in, refuse_other_contents
+from tooln1.run.signals import StopRequest
+from tooln1.sampler.distributed import generate_distributed
+from tooln1.sampler.sampler import Sampler
 from tooln1.settings import Config, resolved
-from tooln1.sft import demonstrations, read_pairs
+from tooln1.sft import demonstrations
 from tooln1.tokenizer import Tokenizer, load_tokenizer
 from tooln1.update import PolicyLoss, SupervisedLoss, optimizer_step, scheduled_rate, with_logprobs
 
@@ -58,7 +60,7 @@ class Run:
     sampler: Sampler  # a whole copy of the policy in the sampling dtype
     optimizer: torch.optim.Optimizer
     loss: PolicyLoss | SupervisedLoss
-    examples: Sequence  # of Example (rl) or of (Example, reply to imitate) (sft)
+    examples: list[Example]
     benches: list[Bench]  # what the policy is evaluated on: held-out examples, eval_bench
     order: EpochOrder
     steps: int
@@ -109,9 +111,9 @@ def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
 def sft_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
     """One supervised step: cross-entropy of written replies, on the same packed batches. There are no new replies."""
     config = run.config
-    pairs = [run.examples[i] for i in run.order.take(step, config.prompts_per_step)]
+    examples = [run.examples[i] for i in run.order.take(step, config.prompts_per_step)]
     with metrics.timer("update"):
-        rollouts = demonstrations(pairs, run.tokenizer, config.think, config.sft_on_prompt)
+        rollouts = demonstrations(examples, run.tokenizer, config.think, config.sft_on_prompt)
         for rows in minibatch_rows(rollouts, config.prompts_per_minibatch):
             total = sum(len(rollouts[row].reply) for row in rows)
             update(run, my_batches(run, rollouts, rows, torch.zeros(len(rollouts))), rollouts, total, step, metrics)
@@ -126,7 +128,7 @@ def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> lis
     config = run.config
     prompts = [run.tokenizer.prompt_ids(build_messages(example, config.think)) for example in examples]
     with progress(len(prompts) * config.group_size, "sampling", "replies", run.world.main) as bar:
-        return sample_everywhere(
+        return generate_distributed(
             run.sampler,
             run.world,
             prompts,
@@ -139,7 +141,8 @@ def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> lis
             top_k=config.top_k,
             max_new_tokens=config.max_reply_tokens,
             on_finished=lambda rollout: bar.update(run.world.size),
-            request=run.request,
+            should_stop=run.request.asked,
+            check=run.request.check,
         )
 
 
@@ -205,7 +208,7 @@ def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantage
 def evaluate(run: Run) -> dict[str, float]:
     """Greedy figures, as eval.py has them: "heldout_accuracy" (the binary reward), and eval_bench's totals by name."""
     asking = Asking(think=run.config.think, max_reply_tokens=run.config.max_reply_tokens)
-    found = figures(run.benches, run.sampler, run.tokenizer, run.world, asking, run.request)
+    found = figures(run.benches, run.sampler, run.tokenizer, run.world, asking, run.request.asked, run.request.check)
     if "heldout_overall" in found:
         found["heldout_accuracy"] = found.pop("heldout_overall")
     return found
@@ -345,7 +348,7 @@ def export(run: Run) -> None:
     write = (lambda: save_model(run.sampler.model, run_dir / "hf")) if world.main else (lambda: None)
     world.together(write, f"the model could not be exported to {run_dir / 'hf'}; --resume auto tries it again")
     if world.main:
-        print(f"done: the model is in {run_dir / 'hf'}, the curves: python -m tooln1.plot {run_dir}")
+        print(f"done: the model is in {run_dir / 'hf'}, the curves: python -m tooln1.run.plot {run_dir}")
 
 
 def prepare(
@@ -432,12 +435,11 @@ def reference_of(config: Config) -> str:
 
 
 def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Sequence, list[Bench]]:
-    """The training examples (sft: each with its reply) and what to evaluate on; over-long examples are left out."""
+    """The training examples and what to evaluate on; over-long examples are left out."""
     fitting = partial(drop_long, tokenizer=tokenizer, max_prompt_tokens=config.max_prompt_tokens, think=config.think)
     held_out = read_examples(config.eval_data)[: config.eval_rows or None] if config.eval_data else []
     held_out, unasked = fitting(held_out, where=config.eval_data)
-    everything = read_pairs(config.train_data) if config.mode == "sft" else read_examples(config.train_data)
-    kept, dropped = fitting(everything, where=config.train_data)
+    kept, dropped = fitting(read_examples(config.train_data), where=config.train_data)
     if not kept:
         raise UserError(f"{config.train_data}: all prompts are over max_prompt_tokens ({config.max_prompt_tokens}).")
     if world.main:

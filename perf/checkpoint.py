@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from tooln1.checkpoint import choose, load_checkpoint, save_checkpoint
 from tooln1.distributed import launch, shard
+from tooln1.io.model_config import parse_config
 from tooln1.model import random_model
-from tooln1.model_config import parse_config
+from tooln1.run.checkpoint import choose, load_checkpoint, save_checkpoint
 
 SHAPE = {
     "model_type": "qwen2",

@@ -53,8 +53,8 @@ def breakdown() -> None:
     from torch.profiler import ProfilerActivity, profile
 
     from tooln1.model import random_model
-    from tooln1.rollout import Sampler
-    from tooln1.sampling import choose
+    from tooln1.sampler.sampler import Sampler
+    from tooln1.sampler.sampling import choose
 
     def took(work) -> float:
         torch.cuda.synchronize()
@@ -69,10 +69,10 @@ def breakdown() -> None:
     sampler = Sampler(model, [])
     for _ in range(3):  # every time other lengths: the second and third must be as fast as a repeated one
         prompts = random_prompts(rng, lognormal_lengths(rng, 64, 728, 0.5, 2184), 150_000)
-        print("prefill of 64 new lengths", took(lambda: sampler.generate(prompts, 1, 0.7, 1)))
-    print("the same lengths again   ", took(lambda: sampler.generate(prompts, 1, 0.7, 1)))
-    print("first decode, 320 rows   ", took(lambda: sampler.generate(prompts, 5, 0.7, 48)))
-    print("again                    ", took(lambda: sampler.generate(prompts, 5, 0.7, 48)))
+        print("prefill of 64 new lengths", took(lambda prompts=prompts: sampler.generate(prompts, 1, 0.7, 1)))
+    print("the same lengths again   ", took(lambda prompts=prompts: sampler.generate(prompts, 1, 0.7, 1)))
+    print("first decode, 320 rows   ", took(lambda prompts=prompts: sampler.generate(prompts, 5, 0.7, 48)))
+    print("again                    ", took(lambda prompts=prompts: sampler.generate(prompts, 5, 0.7, 48)))
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as record:
         sampler.generate(prompts, 5, 0.7, 48)
     print(record.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=70))

@@ -3,7 +3,7 @@
     python perf/one_step.py --config DIR --tokenizer DIR --data train.jsonl [--prompts 2] [--replies 2] [--tokens 16]
 
 DIR of --config holds a published config.json (Qwen2.5-0.5B-Instruct, say), --tokenizer the published tokenizer;
---data is Example JSONL as `python -m tooln1.data` writes it. No weights are needed: they are drawn at random. Prints a
+--data is Example JSONL as `python -m tooln1.prepare` writes it. No weights are needed: they are random. Prints a
 table and one JSON line; the peak is the whole process (resident set), the device's own peak beside it on a GPU.
 """
 
@@ -27,7 +27,7 @@ from tooln1.distributed import copy_weights, launch, shard
 from tooln1.grpo import group_advantages
 from tooln1.model import random_model, read_config
 from tooln1.prompt import build_messages
-from tooln1.rollout import Sampler
+from tooln1.sampler.sampler import Sampler
 from tooln1.tokenizer import load_tokenizer
 from tooln1.update import PolicyLoss, optimizer_step, with_logprobs
 

@@ -25,7 +25,7 @@ import torch
 from shapes import DEMO, lognormal_lengths, machine, print_table, qwen2, random_prompts, small
 
 from tooln1.model import Transformer, load_model, random_model, save_model, sequence_logits
-from tooln1.rollout import Sampler
+from tooln1.sampler.sampler import Sampler
 
 try:
     import transformers

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from shapes import lognormal_lengths, print_table, qwen2p5, random_prompts
 
-from tooln1.model import ModelConfig, Transformer, random_model
-from tooln1.rollout import Sampler
+from tooln1.io.model_config import ModelConfig
+from tooln1.model import Transformer, random_model
+from tooln1.sampler.sampler import Sampler
 
 GROUP = 5
 PROMPT, REPLY = 728, 105  # mean tokens in the paper's data, as the released files have it

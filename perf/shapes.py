@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tooln1.model_config import ModelConfig, parse_config
+from tooln1.io.model_config import ModelConfig, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "assets" / "demo" / "model"

@@ -30,10 +30,11 @@ from shapes import DEMO, lognormal_lengths, machine, print_table, random_prompts
 from torch import Tensor
 
 from tooln1.batch import PackedBatch, as_rows, minibatch_rows, pack, plan
+from tooln1.data import Rollout
 from tooln1.distributed import copy_weights
 from tooln1.grpo import group_advantages
 from tooln1.model import load_model, read_config, save_model
-from tooln1.rollout import Rollout, Sampler
+from tooln1.sampler.sampler import Sampler
 from tooln1.update import PolicyLoss, optimizer_step, with_logprobs
 
 try:

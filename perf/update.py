@@ -26,11 +26,11 @@ from shapes import lognormal_lengths, machine, print_table, qwen2p5, small
 
 from tooln1.attention import attention
 from tooln1.batch import PackedBatch, pack, plan
+from tooln1.data import Rollout
 from tooln1.distributed import launch, shard
 from tooln1.grpo import token_logprobs
+from tooln1.io.model_config import pair_cost
 from tooln1.model import Transformer, random_model
-from tooln1.model_config import pair_cost
-from tooln1.rollout import Rollout
 from tooln1.update import PolicyLoss, optimizer_step, with_logprobs
 
 GROUP, PROMPT, REPLY, CHUNK = 5, 728, 105, 512

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
 from tooln1 import update
-from tooln1.errors import exit_on_user_error
+from tooln1.io.errors import exit_on_user_error
 
 FILE = os.open(os.environ["ANNOUNCE_TO"], os.O_WRONLY | os.O_APPEND)
 PHASE, _, COUNT = os.environ.get("STOP_IN", "").partition(":")

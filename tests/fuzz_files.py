@@ -27,16 +27,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tiny
 from hostile_templates import COSTLY, ESCAPES
 
-from tooln1.data import convert_toolace, convert_xlam, drop_long, read_examples, write_examples
-from tooln1.errors import UserError
-from tooln1.evaluation import failures, held_out_bench, match_predictions, score_bench, summarise
-from tooln1.jsonl import read_rows
-from tooln1.metrics import to_json
+from tooln1.benchmarks.runner import failures, held_out_bench, match_predictions, score_bench, summarise
+from tooln1.data import read_examples, write_examples
+from tooln1.io.errors import UserError
+from tooln1.io.jsonl import read_rows
 from tooln1.model import load_model, sequence_logits
-from tooln1.order import split
-from tooln1.prompt import build_messages, format_reply
+from tooln1.prepare.convert import convert_toolace, convert_xlam
+from tooln1.prepare.split import split
+from tooln1.prompt import build_messages, drop_long, format_reply
 from tooln1.rewards import REWARDS
-from tooln1.sft import demonstrations, read_pairs
+from tooln1.run.metrics import to_json
+from tooln1.sft import demonstrations
 from tooln1.tokenizer import Tokenizer, load_tokenizer
 
 KINDS = ("example", "xlam", "toolace", "sft", "prediction")
@@ -263,9 +264,8 @@ def use_rows(kind: str, path: Path, tokenizer: Tokenizer, rng: random.Random) ->
             to_json(row).encode()
         return
     if kind == "sft":
-        pairs = read_pairs(path)
-        demonstrations(pairs, tokenizer, True, rng.random() < 0.5)
-        examples = [example for example, _ in pairs]
+        examples = read_examples(path)
+        demonstrations(examples, tokenizer, True, rng.random() < 0.5)
     elif kind == "example":
         examples = read_examples(path)
     else:
@@ -298,7 +298,7 @@ def fuzz_rows(count: int, seed: int, folder: Path, first: int = 0) -> Iterator[t
 
 def base_models(folder: Path) -> list[dict[str, bytes]]:
     """The files of three small model directories: Qwen2 in one file, in shards with an index, LLaMA 3.1."""
-    from tooln1 import weights
+    from tooln1.io import weights
 
     scaling = {
         "rope_type": "llama3",

@@ -28,7 +28,8 @@ import torch
 
 from tooln1.benchmarks import Case, Verdict, acebench, api_bank, bfcl, examples
 from tooln1.benchmarks.bfcl_data import BfclCase
-from tooln1.metrics import Metrics, alone, to_json
+from tooln1.data import Rollout
+from tooln1.distributed import local_reduce
 from tooln1.prompt import (
     ASSISTANT_MARKER,
     CALL_CLOSE,
@@ -41,9 +42,9 @@ from tooln1.prompt import (
     format_reply,
     parse_reply,
 )
-from tooln1.reply_metrics import add_reply_metrics
 from tooln1.rewards import REWARDS, fault_of
-from tooln1.rollout import Rollout
+from tooln1.run.metrics import Metrics, to_json
+from tooln1.run.reply_metrics import add_reply_metrics
 
 KIB_64, MB_10 = 2**16, 10_000_000
 LIMITS = {"small": 0.05, "64 KiB": 0.05, "10 MB": 1.0}  # CPU seconds of one call on a machine of the usual speed
@@ -522,7 +523,7 @@ def check_step(findings: Findings, index: int, rows: list[dict]) -> None:
     rollouts = [Rollout(n // 8, n % 8, [0], [0] * (n % 7 + 1), [0.0], n % 5 > 0) for n in range(len(rows))]
     answers = [json.loads(a) if isinstance(a, str) else a for a in (row["answer"] for row in rows)]
     add_reply_metrics(metrics, rollouts, [row["reply"] for row in rows], answers, rewards, True, 1)
-    values = metrics.reduced(alone)
+    values = metrics.reduced(local_reduce)
     assert abs(values["accuracy"] - values["reward"]) < 1e-6, values  # they are paid by the binary reward
     to_json(values)
 

@@ -14,7 +14,7 @@ from collections import namedtuple
 import tiny
 import torch
 
-from tooln1 import look_ahead, preflight
+from tooln1.run import look_ahead, preflight
 
 ROW = vars(tiny.examples(1)[0])
 NO_CALL = {"query": "q", "tools": "[]", "answers": "[]"}

@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 
 from tooln1.batch import pack, plan
-from tooln1.checkpoint import load_checkpoint, save_checkpoint
-from tooln1.distributed import copy_weights, launch, sample_everywhere, shard, whole
+from tooln1.data import Rollout
+from tooln1.distributed import copy_weights, launch, shard, whole
 from tooln1.model import load_model
-from tooln1.rollout import Rollout, Sampler
+from tooln1.run.checkpoint import load_checkpoint, save_checkpoint
+from tooln1.sampler.distributed import generate_distributed
+from tooln1.sampler.sampler import Sampler
 from tooln1.update import PolicyLoss, batch_logprobs, optimizer_step
 
 
@@ -82,7 +84,7 @@ def main() -> None:
         copy_weights(policy, target)
         record["weights"] = [p.flatten().tolist() for p in target.parameters()]
         prompts = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15]]
-        sampled = sample_everywhere(
+        sampled = generate_distributed(
             Sampler(target, [3]),
             world,
             prompts,

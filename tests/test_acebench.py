@@ -15,7 +15,7 @@ from tooln1.benchmarks import Tally, Verdict, acebench, benchmark, row_by_rule
 from tooln1.benchmarks.acebench import CATEGORIES, TEXT, AceCase, load, score, score_text, totals
 from tooln1.benchmarks.acebench_checker import base_name
 from tooln1.benchmarks.acebench_text import MAX_TEXT, write_text
-from tooln1.errors import UserError
+from tooln1.io.errors import UserError
 from tooln1.prompt import build_messages, format_reply
 
 # ---------------------------------------------------------------------------------------- against the official code

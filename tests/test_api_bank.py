@@ -11,7 +11,7 @@ from conftest import shared
 
 from tooln1.benchmarks import Tally, Verdict, api_bank, benchmark, row_by_rule
 from tooln1.benchmarks.api_bank import EQUAL, LEVELS, REQUEST, SOFT, load, score, soft_match, totals
-from tooln1.errors import UserError
+from tooln1.io.errors import UserError
 from tooln1.prompt import build_messages, format_reply
 
 # ----------------------------------------------------------------------------------- against the official verdicts

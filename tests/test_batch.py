@@ -6,9 +6,9 @@ from conftest import reference
 
 from tooln1.attention import FlexPackedAttention, PackedAttention, Segment, attention, causal
 from tooln1.batch import as_rows, pack, plan
+from tooln1.data import Rollout
 from tooln1.grpo import token_logprobs
 from tooln1.model import load_model
-from tooln1.rollout import Rollout
 
 
 def rollout(group, sample, prompt, reply):

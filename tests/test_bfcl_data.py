@@ -4,7 +4,7 @@ import pytest
 from bfcl_fixtures import function, make_case, typed, write_category
 
 from tooln1.benchmarks import bfcl
-from tooln1.errors import UserError
+from tooln1.io.errors import UserError
 from tooln1.prompt import build_messages
 
 STRINGS = "type parameter in string representation."

@@ -8,8 +8,12 @@ import pytest
 import torch
 from conftest import reference
 
-from tooln1 import checkpoint as module
-from tooln1.checkpoint import (
+from tooln1.distributed import World
+from tooln1.io.errors import UserError
+from tooln1.io.files import clear_up
+from tooln1.model import load_model
+from tooln1.run import checkpoint as module
+from tooln1.run.checkpoint import (
     choose,
     complete_checkpoints,
     load_checkpoint,
@@ -18,9 +22,6 @@ from tooln1.checkpoint import (
     set_aside,
     unfinished,
 )
-from tooln1.distributed import World
-from tooln1.errors import UserError, clear_up
-from tooln1.model import load_model
 
 OURS = ("latest", "step-*")
 ALONE = World(0, 1, torch.device("cpu"))

@@ -12,20 +12,11 @@ from pathlib import Path
 import pytest
 from conftest import shared
 
-from tooln1.data import (
-    Example,
-    add_irrelevance,
-    convert_toolace,
-    convert_xlam,
-    drop_long,
-    read_examples,
-    read_toolace,
-    read_xlam,
-    split,
-    write_examples,
-)
-from tooln1.errors import UserError
-from tooln1.prompt import XLAM_SYSTEM, build_messages
+from tooln1.data import Example, read_examples, write_examples
+from tooln1.io.errors import UserError
+from tooln1.prepare.convert import add_irrelevance, convert_toolace, convert_xlam, read_toolace, read_xlam
+from tooln1.prepare.split import split
+from tooln1.prompt import XLAM_SYSTEM, build_messages, drop_long
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = "You are an expert. Here is a list of functions in JSON format that you can invoke:\n"
@@ -364,7 +355,7 @@ def test_a_template_that_refuses_an_example_is_told_with_its_id():
 
 
 def command(*args):
-    run = [sys.executable, "-m", "tooln1.data", *map(str, args)]
+    run = [sys.executable, "-m", "tooln1.prepare", *map(str, args)]
     return subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
 
 

@@ -6,14 +6,14 @@ from collections import Counter
 
 import pytest
 
-from tooln1 import demo
 from tooln1.config import REPOSITORY
 from tooln1.data import read_examples, write_examples
-from tooln1.demo_tools import FAMILIES, TOOLS, VALUES
+from tooln1.demo import __main__ as demo
+from tooln1.demo.tools import FAMILIES, TOOLS, VALUES
 from tooln1.model import load_model, sequence_logits
 from tooln1.prompt import build_messages, parse_reply
 from tooln1.rewards import REWARDS
-from tooln1.sft import demonstrations, read_pairs
+from tooln1.sft import demonstrations
 from tooln1.tokenizer import load_tokenizer
 
 ASSETS = REPOSITORY / "assets" / "demo"
@@ -192,10 +192,10 @@ def test_data_command_writes_all_files_and_rows_to_imitate(tmp_path, monkeypatch
         "warmstart.jsonl",
     ]
     for split in ("copy", "pretrain", "warmstart"):
-        pairs = read_pairs(tmp_path / f"{split}.jsonl")
-        assert len(pairs) == 12 and all(reply for _, reply in pairs)
-    for example, reply in read_pairs(tmp_path / "pretrain.jsonl"):
-        assert REWARDS["binary"](reply, example.answer) == 1.0
+        pairs = read_examples(tmp_path / f"{split}.jsonl")
+        assert len(pairs) == 12 and all(example.reply for example in pairs)
+    for example in read_examples(tmp_path / "pretrain.jsonl"):
+        assert REWARDS["binary"](example.reply, example.answer) == 1.0
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])

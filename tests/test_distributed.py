@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import reference
 
-from tooln1.distributed import deal, launch
-from tooln1.errors import UserError
+from tooln1.distributed import launch
+from tooln1.io.errors import UserError
+from tooln1.sampler.distributed import balance_by_cost
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = reference("models/dev/qwen1p5b_12x2_tied_bf16_sharded")
@@ -78,11 +79,11 @@ def test_mixed_precision_stays_near_full_precision(folder, alone):
 
 
 def test_work_is_dealt_by_cost():
-    shares = deal([5, 1, 9, 3, 4], 2)
+    shares = balance_by_cost([5, 1, 9, 3, 4], 2)
     assert sorted(i for share in shares for i in share) == [0, 1, 2, 3, 4]
     assert [sum([5, 1, 9, 3, 4][i] for i in share) for share in shares] == [12, 10]
-    assert [len(share) for share in deal([100 + i for i in range(9)], 3)] == [3, 3, 3]
-    assert deal([1.0], 3) == [[0], [], []]
+    assert [len(share) for share in balance_by_cost([100 + i for i in range(9)], 3)] == [3, 3, 3]
+    assert balance_by_cost([1.0], 3) == [[0], [], []]
 
 
 def test_a_gpu_that_is_not_there_is_a_sentence():

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tooln1.errors import UserError, atomic_directory, atomic_write, exit_on_user_error
+from tooln1.io.errors import UserError, exit_on_user_error
+from tooln1.io.files import atomic_directory, atomic_write
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

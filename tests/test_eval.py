@@ -30,14 +30,14 @@ from test_evaluation import (
 )
 
 import train
-from tooln1 import evaluation
 from tooln1.benchmarks import examples as examples_benchmark
+from tooln1.benchmarks import runner as evaluation
+from tooln1.benchmarks.runner import load_benches
 from tooln1.data import write_examples
 from tooln1.distributed import World
-from tooln1.evaluation import load_benches
-from tooln1.metrics import JsonlLog
 from tooln1.model import load_model, save_model
-from tooln1.rollout import Sampler
+from tooln1.run.metrics import JsonlLog
+from tooln1.sampler.sampler import Sampler
 from tooln1.settings import Config
 from tooln1.tokenizer import load_tokenizer
 
@@ -228,9 +228,9 @@ def test_prompts_beyond_the_context_are_a_fault_of_their_own(model, data, tmp_pa
     shutil.copytree(model, short)
     config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": context}
     (short / "config.json").write_text(json.dumps(config))
-    caps, sample = [], evaluation.sample_everywhere
+    caps, sample = [], evaluation.generate_distributed
     noted = lambda *words, **how: caps.extend(how["max_new_tokens"]) or sample(*words, **how)  # noqa: E731
-    monkeypatch.setattr(evaluation, "sample_everywhere", noted)
+    monkeypatch.setattr(evaluation, "generate_distributed", noted)
     out = tmp_path / "out"
     evaluate(*arguments_for(short, data, out), "--max-reply-tokens", 4096)
     assert caps == [context - len(prompt) for prompt in asked[0]]

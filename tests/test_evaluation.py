@@ -11,17 +11,10 @@ import pytest
 import eval as evaluation_script
 from tooln1.benchmarks import Case, Tally, Verdict, benchmark
 from tooln1.benchmarks import examples as examples_benchmark
+from tooln1.benchmarks.runner import Bench, load_benches, match_predictions, metrics_of, score_bench, summarise
+from tooln1.benchmarks.table import table
 from tooln1.data import Example, write_examples
-from tooln1.errors import UserError, exit_on_user_error
-from tooln1.evaluation import (
-    Bench,
-    load_benches,
-    match_predictions,
-    metrics_of,
-    score_bench,
-    summarise,
-)
-from tooln1.evaluation_table import table
+from tooln1.io.errors import UserError, exit_on_user_error
 
 ONE, TWO = {"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 2}}
 REPLIES = [f"<think>t</think> <tool_call>{json.dumps(calls)}</tool_call>" for calls in ([ONE], [TWO], [ONE, TWO])] + [

@@ -14,10 +14,10 @@ from test_evaluation import example, exit_code, results, rows_of, words_of, writ
 
 from tooln1.benchmarks import Tally, benchmark, paper
 from tooln1.benchmarks import bfcl as bfcl_benchmark
+from tooln1.benchmarks.runner import load_benches
+from tooln1.benchmarks.table import comparison
 from tooln1.data import write_examples
-from tooln1.errors import UserError
-from tooln1.evaluation import load_benches
-from tooln1.evaluation_table import comparison
+from tooln1.io.errors import UserError
 
 
 def bfcl_data(folder: Path) -> Path:

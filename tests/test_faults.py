@@ -19,9 +19,9 @@ from test_train import run, settings, weights
 
 import train
 from tooln1.config import to_toml
-from tooln1.errors import Stopped, UserError
-from tooln1.interrupt import StopRequest
-from tooln1.metrics import read_jsonl
+from tooln1.io.errors import Stopped, UserError
+from tooln1.run.metrics import read_jsonl
+from tooln1.run.signals import StopRequest
 from tooln1.settings import Config
 
 ENDLESS = dict(steps=100_000, eval_every=0, save_every=0)
@@ -403,7 +403,7 @@ def test_a_log_that_cannot_be_written_ends_the_run_in_words(place, monkeypatch):
 
     run(place, "log", steps=1)
     monkeypatch.setattr(
-        "tooln1.metrics.JsonlLog._open",
+        "tooln1.run.metrics.JsonlLog._open",
         lambda self: type("Full", (), {"write": full, "close": lambda self: None, "fileno": lambda self: 0})(),
     )
     with pytest.raises(UserError, match=r"log/metrics.jsonl cannot be written to: No space left on device"):
@@ -548,7 +548,7 @@ def test_memory_that_runs_out_names_the_knobs(place, monkeypatch):
     words = r"out of memory \(step 1, update\): CUDA out of memory. .*tokens_per_microbatch \(5000\).*kl_coef \(0.001\)"
     with pytest.raises(UserError, match=words):
         run(place, "oom-update", steps=1)
-    monkeypatch.setattr(train, "sample_everywhere", out_of_memory)
+    monkeypatch.setattr(train, "generate_distributed", out_of_memory)
     with pytest.raises(UserError, match=r"\(step 1, rollout\).*rollout_rows \(0\).*max_reply_tokens \(12\)"):
         run(place, "oom-rollout", steps=1)
 

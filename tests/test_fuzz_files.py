@@ -3,7 +3,7 @@
 import pytest
 from fuzz_files import base_models, fuzz_models, fuzz_rows, run, use_model
 
-from tooln1.errors import UserError
+from tooln1.io.errors import UserError
 
 
 def test_mutated_rows(tmp_path):

@@ -13,9 +13,9 @@ import pytest
 from fuzz_replies import KIB_64, LIMITS, MB_10, bench_cases, fuzz, marks_of, most_of, too_long
 
 from tooln1.benchmarks.acebench_text import MAX_MARKS, MAX_TEXT, UnreadableText, read_text
-from tooln1.metrics import to_json
 from tooln1.prompt import MAX_JSON_LENGTH, MAX_JSON_MARKS, parse_reply
 from tooln1.rewards import REWARDS, Fault, fault_of
+from tooln1.run.metrics import to_json
 
 # ------------------------------------------------------------------------------------------------------ worst cases
 

@@ -7,9 +7,9 @@ import tracemalloc
 
 import pytest
 
-from tooln1 import jsonl
-from tooln1.errors import UserError
-from tooln1.jsonl import MAX_DEPTH, MAX_ROW, read_rows
+from tooln1.io import jsonl
+from tooln1.io.errors import UserError
+from tooln1.io.jsonl import MAX_DEPTH, MAX_ROW, read_rows
 
 ROW = {"a": 1, "b": ["x", None, 1.5]}
 

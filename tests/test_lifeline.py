@@ -9,10 +9,10 @@ import time
 import pytest
 import torch
 
-from tooln1 import lifeline as module
 from tooln1.distributed import World
-from tooln1.interrupt import StopRequest
-from tooln1.lifeline import connect
+from tooln1.run import lifeline as module
+from tooln1.run.lifeline import connect
+from tooln1.run.signals import StopRequest
 
 TOKEN = "a" * 32
 
@@ -138,7 +138,7 @@ def test_processes_that_fail_alike_say_it_once(hub, first):
 
 def test_the_environment_must_be_torchruns(monkeypatch):
     from tooln1.distributed import launch
-    from tooln1.errors import UserError
+    from tooln1.io.errors import UserError
 
     monkeypatch.setenv("RANK", "0")
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -7,13 +7,14 @@ import tiny
 import torch
 from conftest import shared
 
-from tooln1 import memory
 from tooln1.attention import packed_attention
 from tooln1.batch import pack
-from tooln1.memory import estimate, kept_activations, shown, table
+from tooln1.data import Rollout
+from tooln1.io.model_config import parse_config
 from tooln1.model import random_model
-from tooln1.model_config import parse_config
-from tooln1.rollout import Rollout, Sampler
+from tooln1.run import memory
+from tooln1.run.memory import estimate, kept_activations, shown, table
+from tooln1.sampler.sampler import Sampler
 from tooln1.update import PolicyLoss, optimizer_step, with_logprobs
 
 GIB = 1 << 30

@@ -12,18 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from tooln1.errors import UserError
-from tooln1.metrics import (
-    JsonlLog,
-    Metrics,
-    RunLog,
-    best_and_worst,
-    console_line,
-    progress,
-    read_jsonl,
-    to_json,
-)
-from tooln1.tensorboard import TensorBoardLog
+from tooln1.io.errors import UserError
+from tooln1.io.progress import progress
+from tooln1.run.metrics import JsonlLog, Metrics, RunLog, best_and_worst, console_line, read_jsonl, to_json
+from tooln1.run.tensorboard import TensorBoardLog
 
 
 class Ranks:
@@ -414,7 +406,7 @@ def test_a_row_that_cannot_be_rewritten_stays(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("tooln1.errors.os.replace", full)
+    monkeypatch.setattr("tooln1.io.files.os.replace", full)
     with pytest.raises(UserError, match="metrics.jsonl cannot be written to: No space left"):
         log.step(1, {"heldout_accuracy": 0.25})
     assert [path.name for path in tmp_path.iterdir() if "metrics" in path.name] == ["metrics.jsonl"]

@@ -18,9 +18,11 @@ from test_train import settings
 
 import eval as evaluation_script
 import train
-from tooln1 import data, demo, plot
 from tooln1.config import to_toml
-from tooln1.errors import exit_on_user_error
+from tooln1.demo import __main__ as demo
+from tooln1.io.errors import exit_on_user_error
+from tooln1.prepare import __main__ as data
+from tooln1.run import plot
 from tooln1.settings import Config
 
 TRAIN = (train.main, "--config base.toml")
@@ -135,9 +137,9 @@ def process(*command: str) -> subprocess.CompletedProcess:
     [
         ([f"{ROOT}/train.py", "--config", "base.toml", "--stpes", "3"], "there is no setting 'stpes'"),
         ([f"{ROOT}/eval.py", "--bench", "examples=gone", "--model", "x", "--out", "o"], "cannot read gone"),
-        (["-m", "tooln1.data", "--xlam", "gone", "--out", "o"], "cannot read gone"),
+        (["-m", "tooln1.prepare", "--xlam", "gone", "--out", "o"], "cannot read gone"),
         (["-m", "tooln1.demo", "data", "--out", "data.jsonl"], "data.jsonl is not a folder"),
-        (["-m", "tooln1.plot", "gone"], "cannot read gone"),
+        (["-m", "tooln1.run.plot", "gone"], "cannot read gone"),
     ],
     ids=["train", "eval", "data", "demo", "plot"],
 )

@@ -12,9 +12,10 @@ from conftest import reference
 from safetensors.torch import load_file, save_file
 
 from tooln1.attention import PackedAttention, Segment
-from tooln1.errors import UserError
-from tooln1.model import load_model, parse_config, random_model, save_model, sequence_logits
-from tooln1.weights import weight_files
+from tooln1.io.errors import UserError
+from tooln1.io.model_config import parse_config
+from tooln1.io.weights import weight_files
+from tooln1.model import load_model, random_model, save_model, sequence_logits
 
 MODELS = sorted(path.name for path in reference("models/dev").iterdir())
 ATOL = 5e-5
@@ -69,7 +70,7 @@ def test_saved_directory_loads_back_equal(name, tmp_path):
 
 
 def test_large_weights_are_sharded(tmp_path, monkeypatch):
-    monkeypatch.setattr("tooln1.weights.SHARD_BYTES", 100_000)
+    monkeypatch.setattr("tooln1.io.weights.SHARD_BYTES", 100_000)
     model = load_model(reference("models/dev/qwen_mha_tied_fp32"))
     save_model(model, tmp_path / "out")
     assert len(weight_files(tmp_path / "out")) > 2
@@ -238,7 +239,7 @@ def test_weights_that_are_no_floats_are_refused(tmp_path, dtype):
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("tooln1.weights.SHARD_BYTES", 100_000)
+    monkeypatch.setattr("tooln1.io.weights.SHARD_BYTES", 100_000)
     save_model(load_model(reference("models/dev/qwen_mha_tied_fp32")), tmp_path / "m")
     first, last = (tmp_path / "m" / name for name in (weight_files(tmp_path / "m")[0].name, "extra.safetensors"))
     last.write_bytes(first.read_bytes())

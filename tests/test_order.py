@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from tooln1 import order
-from tooln1.data import EpochOrder, Example, add_irrelevance, split
-from tooln1.errors import UserError
+from tooln1.data import EpochOrder, Example
+from tooln1.io.errors import UserError
+from tooln1.prepare import split as order
+from tooln1.prepare.convert import add_irrelevance
+from tooln1.prepare.split import split
 
 TOOLS = [{"name": "f"}, {"name": "g"}]
 

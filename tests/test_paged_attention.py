@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tooln1.attention import attention
-from tooln1.paged_attention import FlexPages, GatheredPages, PagedCache, PagedSpan, PrefillAttention
+from tooln1.sampler.paged_attention import FlexPages, GatheredPages, PagedCache, PagedSpan, PrefillAttention
 
 HEADS, KV_HEADS, DIM, PAGES = 12, 2, 64, 40
 

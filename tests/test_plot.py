@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tooln1.errors import UserError
-from tooln1.plot import PANELS, SPARKS, choose_metric, figure, main, read_runs, smoothed, sparkline, text_plot
+from tooln1.io.errors import UserError
+from tooln1.run.plot import PANELS, SPARKS, choose_metric, figure, main, read_runs, smoothed, sparkline, text_plot
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -125,7 +125,7 @@ def test_text_needs_no_matplotlib(runs):
 def test_text_survives_a_terminal_without_the_characters(runs):
     environment = {"PYTHONIOENCODING": "ascii", "PATH": ""}
     done = subprocess.run(
-        [sys.executable, "-m", "tooln1.plot", *runs, "--text"], capture_output=True, cwd=ROOT, env=environment
+        [sys.executable, "-m", "tooln1.run.plot", *runs, "--text"], capture_output=True, cwd=ROOT, env=environment
     )
     assert done.returncode == 0 and b"0.51 -> 0.8" in done.stdout
 

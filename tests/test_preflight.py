@@ -11,13 +11,24 @@ import tiny
 import tokenizers
 from conftest import shared
 
-from tooln1 import preflight
 from tooln1.data import read_examples
-from tooln1.memory import estimate
-from tooln1.model_config import parse_config
-from tooln1.preflight import Finding, disk, leaks, lengths, longest_prompt, memory, report, sample, schedule, template
+from tooln1.io.model_config import parse_config
 from tooln1.prompt import build_messages
 from tooln1.rewards import REWARDS
+from tooln1.run import preflight
+from tooln1.run.memory import estimate
+from tooln1.run.preflight import (
+    Finding,
+    disk,
+    leaks,
+    lengths,
+    longest_prompt,
+    memory,
+    report,
+    sample,
+    schedule,
+    template,
+)
 from tooln1.tokenizer import load_tokenizer
 
 GIB = 1 << 30

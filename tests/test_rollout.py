@@ -10,9 +10,9 @@ from conftest import reference
 from safetensors.torch import load_file
 
 from tooln1.model import load_model, sequence_logits
-from tooln1.rollout import Sampler
-from tooln1.sampling import choose, reply_streams, restrict
-from tooln1.sampling import uniforms as uniforms_of
+from tooln1.sampler.sampler import Sampler
+from tooln1.sampler.sampling import choose, reply_streams, restrict
+from tooln1.sampler.sampling import uniforms as uniforms_of
 
 MODELS = sorted(path.name for path in reference("models/dev").iterdir())
 PROMPTS = [[3, 9, 27], [5], [8, 8, 1, 40, 7, 13, 2], [100, 200]]

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tooln1.scheduler import Group, PagePool, Row, Scheduler
+from tooln1.sampler.scheduler import Group, PagePool, Row, Scheduler
 
 STOP = 7
 
@@ -183,6 +183,6 @@ def test_peak_pages_are_what_the_sharing_formula_says(seed):
 
 
 def test_the_scheduler_touches_no_tensor():
-    import tooln1.scheduler as module
+    import tooln1.sampler.scheduler as module
 
     assert "torch" not in vars(module) and "numpy" not in vars(module)

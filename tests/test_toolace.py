@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import shared
 
-from tooln1.toolace import (
+from tooln1.prepare.toolace import (
     MAX_DEPTH,
     CallSyntaxError,
     is_call_turn,

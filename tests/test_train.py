@@ -10,11 +10,12 @@ from test_distributed import torchrun
 
 import train
 from tooln1.config import load_config, to_toml
+from tooln1.data import read_examples
 from tooln1.distributed import launch
-from tooln1.metrics import read_jsonl
 from tooln1.model import load_model
+from tooln1.run.metrics import read_jsonl
 from tooln1.settings import Config
-from tooln1.sft import demonstrations, read_pairs
+from tooln1.sft import demonstrations, target_text
 from tooln1.tokenizer import load_tokenizer
 
 TIMES = ("seconds/", "tokens_per_second/")
@@ -205,11 +206,11 @@ def test_supervised_training_lowers_the_loss(place, on_prompt):
 
 def test_demonstrations_end_with_the_stop_token_and_cover_what_is_asked(place):
     tokenizer = load_tokenizer(place / "model")
-    pairs = read_pairs(place / "data.jsonl")
-    assert pairs[3][1] == '<tool_call>[{"name": "add", "arguments": {"a": 3, "b": 111}}]</tool_call>'
+    pairs = read_examples(place / "data.jsonl")
+    assert target_text(pairs[3]) == '<tool_call>[{"name": "add", "arguments": {"a": 3, "b": 111}}]</tool_call>'
     (on_reply,) = demonstrations(pairs[3:4], tokenizer, True, False)
     (on_all,) = demonstrations(pairs[3:4], tokenizer, True, True)
-    assert tokenizer.decode(on_reply.reply) == pairs[3][1] + "<|im_end|>"
+    assert tokenizer.decode(on_reply.reply) == target_text(pairs[3]) + "<|im_end|>"
     assert len(on_all.prompt) == 1
     assert on_all.prompt + on_all.reply == on_reply.prompt + on_reply.reply
 
@@ -217,7 +218,7 @@ def test_demonstrations_end_with_the_stop_token_and_cover_what_is_asked(place):
 def test_written_replies_are_imitated(tmp_path):
     row = vars(tiny.examples(1)[0])
     (tmp_path / "sft.jsonl").write_text(json.dumps({**row, "reply": "<think>so</think>"}) + "\n")
-    assert read_pairs(tmp_path / "sft.jsonl")[0][1] == "<think>so</think>"
+    assert target_text(read_examples(tmp_path / "sft.jsonl")[0]) == "<think>so</think>"
     (tmp_path / "bad.jsonl").write_text(json.dumps({**row, "reply": 5}) + "\n")
     with pytest.raises(train.UserError, match="bad.jsonl, line 1"):
-        read_pairs(tmp_path / "bad.jsonl")
+        read_examples(tmp_path / "bad.jsonl")

@@ -10,17 +10,10 @@ from recorded_steps import noisy, rollouts_of
 from safetensors.torch import load_file
 
 from tooln1.batch import pack, plan
+from tooln1.data import Rollout
 from tooln1.grpo import AGGREGATIONS, group_advantages, loss_total
 from tooln1.model import load_model, random_model, read_config
-from tooln1.rollout import Rollout
-from tooln1.update import (
-    PolicyLoss,
-    SupervisedLoss,
-    batch_logprobs,
-    optimizer_step,
-    scheduled_rate,
-    with_logprobs,
-)
+from tooln1.update import PolicyLoss, SupervisedLoss, batch_logprobs, optimizer_step, scheduled_rate, with_logprobs
 
 
 def released_run():

@@ -7,7 +7,8 @@ import tokenizers
 from tokenizers import AddedToken
 
 from tooln1.data import Example, write_examples
-from tooln1.model import parse_config, random_model, save_model
+from tooln1.io.model_config import parse_config
+from tooln1.model import random_model, save_model
 from tooln1.prompt import XLAM_SYSTEM
 
 CHAT_TEMPLATE = (

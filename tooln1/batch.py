@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tooln1.attention import Segment
-from tooln1.rollout import Rollout
+from tooln1.data import Rollout
 
 
 @dataclass(frozen=True)

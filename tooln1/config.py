@@ -18,19 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tooln1.errors import UserError
-from tooln1.settings import (
-    KIND_WORDS,
-    KINDS,
-    MAY_CHANGE,
-    PATHS,
-    SECTION_OF,
-    SETTINGS,
-    Config,
-    checked,
-    shown,
-    validate,
-)
+from tooln1.io.errors import UserError
+from tooln1.settings import KIND_WORDS, KINDS, MAY_CHANGE, PATHS, SECTION_OF, SETTINGS, Config, checked, shown, validate
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -1,75 +1,22 @@
-"""Raw xLAM and ToolACE files to `Example`s: filters with counted reasons, split, resumable epoch order.
-
-    python -m tooln1.data --xlam xlam_function_calling_60k.json --toolace data.json --out DIR
-
-What differs from the released preprocessing (verl/examples/data_preprocess) is listed in DEVIATIONS and
-printed with every conversion.
-"""
+"""One instance of training or evaluation, one sampled reply, JSONL of examples, and the resumable epoch order."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
 
-from tqdm import tqdm
+import numpy as np
 
-from tooln1.errors import UserError, atomic_write, check_writable, exit_on_user_error
-from tooln1.jsonl import field, is_deep, kind_of, parse_json, read_rows, shown
-from tooln1.order import IRRELEVANT, EpochOrder, split
-from tooln1.prompt import XLAM_SYSTEM, build_messages
-from tooln1.toolace import CallSyntaxError, is_call_turn, parse_calls, parse_function_call, split_system
+from tooln1.io.errors import UserError
+from tooln1.io.files import atomic_write
+from tooln1.io.jsonl import field, is_deep, kind_of, read_rows, shown
 
-__all__ = [
-    "Conversion",
-    "EpochOrder",
-    "Example",
-    "add_irrelevance",
-    "convert_toolace",
-    "convert_xlam",
-    "drop_long",
-    "read_examples",
-    "read_toolace",
-    "read_xlam",
-    "split",
-    "write_examples",
-]
-
-XLAM, SINGLE_TURN, MULTIPLE_TURN = SOURCES = ("xlam", "toolace_single_turn", "toolace_multiple_turn")
-# sharegpt role names beside the public ones; function_call is an assistant turn that is always a call
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "tool": "tool",
-    "observation": "tool",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",
-}
-NO_CALL = "no call"
-OUTSIDE = "calls a tool outside the list"
-UNPARSABLE = "call does not parse"
-NO_TOOLS = "tool list unreadable"
-NO_QUESTION = "no user or tool turn right before it"
 NOT_JSON = "holds NaN, infinity, half a surrogate pair or very deep nesting"
-TABLE_NOTE = (
-    "Raw: rows; a ToolACE row is multi with more than one assistant turn.\n"
-    "Processed: instances, one per call step; multi from the third turn on, as the released code has it."
-)
-DEVIATIONS = (
-    "The split is by source row and seeded, rows of equal tools and question on one side; the "
-    "released one is by instance (steps of one dialogue fall on both sides) and unseeded.",
-    "ToolACE call strings go through a parser that keeps ')' inside values, true/false/null, escaped quotes "
-    "and names with slashes or parentheses; the released one cuts or drops them (docs/toolace_parser.md).",
-    "Earlier calls stand in the history as JSON once; the released code encodes them twice.",
-    "The filters (calls outside the candidate list, or that do not parse) hold for xLAM rows too, and rows "
-    "with values that JSON or UTF-8 cannot hold are dropped; the released code filters ToolACE answers only.",
-)
 
 
 @dataclass(frozen=True)
@@ -85,137 +32,29 @@ class Example:
     tools: list[dict]  # candidate tools, each {"name", "description", "parameters", ...} as in the source
     messages: list[dict]  # {"role": "user" | "assistant" | "tool", "content": str}; never ends with assistant
     answer: list[dict]  # gold calls, each {"name": str, "arguments": dict}; [] where no call is right
+    reply: str | None = None  # the text that supervised training imitates, without the stop token; None: the calls
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """What a raw file gave: examples + dropped = rows (xLAM) or assistant turns (ToolACE)."""
+class Rollout:
+    """One sampled reply."""
 
-    examples: list[Example]
-    rows: dict[str, int]  # raw rows by source; multiple-turn: with more than one assistant turn
-    dropped: dict[str, int]  # reason -> rows (xLAM) or assistant turns (ToolACE)
-
-
-# ---------------------------------------------------------------------------------------------- raw files
-
-
-def read_xlam(path: str | os.PathLike) -> list[Example]:
-    """Examples of an xLAM file (Salesforce/xlam-function-calling-60k, array or JSONL): `convert_xlam`."""
-    return convert_xlam(path).examples
+    group: int  # which prompt of the call it answers; replies of one group are compared with each other
+    sample: int  # which of the group's replies it is, 0 .. G-1
+    prompt: list[int]  # token ids
+    reply: list[int]  # token ids, the stop token included
+    logprobs: list[float]  # of each reply token at the sampling temperature, before top-k and top-p
+    finished: bool  # ended with a stop token; False: cut at the cap
 
 
-def read_toolace(path: str | os.PathLike) -> list[Example]:
-    """Examples of a ToolACE file (Team-ACE/ToolACE, JSON array or JSONL): `convert_toolace`."""
-    return convert_toolace(path).examples
-
-
-def convert_xlam(path: str | os.PathLike, keep_no_call: bool = False) -> Conversion:
-    """Rows {query, tools, answers} (the last two as JSON strings or lists): one example each.
-
-    keep_no_call: keep rows whose answers are [] (the released run has none).
-    Raises UserError naming file, row and reason for a row that is not of this shape. Calls to tools outside
-    the row's list, answers that are no calls and values that JSON cannot hold drop the row, counted.
-    """
-    examples, dropped = [], Counter()
-    rows = read_rows(path)
-    for number, (where, row) in enumerate(tqdm(rows, desc="xLAM", unit="row", disable=None)):
-        query = field(row, "query", str, where)
-        tools = _json_list(row, "tools", where)
-        answer = _json_list(row, "answers", where)
-        messages = [{"role": "user", "content": query}]
-        example = Example(f"xlam-{number}", XLAM, XLAM_SYSTEM, tools, messages, answer)
-        if reason := _fault(example, keep_no_call):
-            dropped[reason] += 1
-        else:
-            calls = [{"name": call["name"], "arguments": call["arguments"]} for call in answer]
-            examples.append(replace(example, answer=calls))
-    return Conversion(examples, {XLAM: len(rows)}, dict(dropped))
-
-
-def convert_toolace(path: str | os.PathLike, keep_no_call: bool = False) -> Conversion:
-    """Rows {system, conversations: [{from, value}]}: one example per call step, all before it as context.
-
-    keep_no_call: assistant turns in plain words (and "[]") become examples with the answer []. Raises
-    UserError naming file, row and reason for a row that is not of this shape; whatever else keeps a turn from
-    being an example is counted (paper, "Data": calls outside the candidate list, or that do not parse).
-    """
-    examples, dropped, kinds = [], Counter(), Counter({SINGLE_TURN: 0, MULTIPLE_TURN: 0})
-    for number, (where, row) in enumerate(tqdm(read_rows(path), desc="ToolACE", unit="row", disable=None)):
-        turns = [
-            _turn(turn, f"{where}, turn {index}") for index, turn in enumerate(field(row, "conversations", list, where))
-        ]
-        kinds[MULTIPLE_TURN if sum(role == "assistant" for role, *_ in turns) > 1 else SINGLE_TURN] += 1
-        found, reasons = _dialogue(number, field(row, "system", str, where), turns, keep_no_call)
-        examples += found
-        dropped += reasons
-    return Conversion(examples, dict(kinds), dict(dropped))
-
-
-def _json_list(row: dict, key: str, where: str) -> list:
-    """A list, given as such or as a JSON string. NaN in it is left to `_fault`, which counts it."""
-    value = row.get(key)
-    if isinstance(value, str):
-        value = parse_json(value, f'{where}, "{key}"', constants=True)
-        row = {key: value}
-    return field(row, key, list, where)
-
-
-def _turn(turn: Any, where: str) -> tuple[str, str, bool]:
-    """(role, text, whether the role says that the text is a call)."""
-    if not isinstance(turn, dict):
-        raise UserError(f'{where}: expected {{"from": ..., "value": ...}}, found {kind_of(turn)}')
-    role, text = field(turn, "from", str, where), field(turn, "value", str, where)
-    if role not in ROLES:
-        raise UserError(f"{where}: unknown role {shown(role)}; known are {', '.join(ROLES)}")
-    return ROLES[role], text, role == "function_call"
-
-
-def _dialogue(row: int, system: str, turns: list[tuple], keep_no_call: bool) -> tuple[list[Example], Counter]:
-    """The examples of one ToolACE row, and its other assistant turns counted by reason."""
-    prefix, tools = split_system(system)
-    names = {tool["name"] for tool in tools or ()}
-    examples, dropped, context = [], Counter(), []
-    for index, (role, text, is_call) in enumerate(turns):
-        calls, reason = [], ""
-        if role == "assistant":
-            try:
-                if is_call or is_call_turn(text):
-                    calls = (parse_function_call if is_call else parse_calls)(text, names)
-            except CallSyntaxError as error:
-                reason = f"{UNPARSABLE}: {error.reason}"
-            source = MULTIPLE_TURN if len(context) >= 2 else SINGLE_TURN  # as the released code labels a step
-            example = Example(f"toolace-{row}-{index}", source, prefix, tools or [], list(context), calls)
-            reason = (NO_TOOLS if tools is None else reason) or _fault(example, keep_no_call)
-            if reason:
-                dropped[reason] += 1
-            else:
-                examples.append(example)
-        context.append({"role": role, "content": json.dumps(calls) if calls else text})
-    return examples, dropped
-
-
-def _fault(example: Example, keep_no_call: bool) -> str:
-    """The reason to drop a freshly converted example, or ""."""
-    if not all(isinstance(tool, dict) and isinstance(tool.get("name"), str) for tool in example.tools):
-        return NO_TOOLS
-    if not all(_is_call(call) for call in example.answer):
-        return f"{UNPARSABLE}: an answer without a name and arguments"
-    if not example.answer and not keep_no_call:
-        return NO_CALL
-    if {call["name"] for call in example.answer} - {tool["name"] for tool in example.tools}:
-        return OUTSIDE
-    if not example.messages or example.messages[-1]["role"] == "assistant":
-        return NO_QUESTION
-    return "" if _is_storable(vars(example)) else NOT_JSON
-
-
-def _is_call(value: Any) -> bool:
+def is_call(value: Any) -> bool:
+    """Whether a JSON value is {"name": str, "arguments": object, ...}."""
     if not isinstance(value, dict):
         return False
     return isinstance(value.get("name"), str) and isinstance(value.get("arguments"), dict)
 
 
-def _is_storable(value: Any) -> bool:
+def is_storable(value: Any) -> bool:
     """Whether a row in strict JSON and UTF-8 can hold it: no NaN, no infinity, no half surrogate pair, not too deep."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -225,20 +64,18 @@ def _is_storable(value: Any) -> bool:
     return not is_deep(value, text)
 
 
-# ------------------------------------------------------------------------------- the project's own JSONL
-
-
 def write_examples(examples: list[Example], path: str | os.PathLike) -> None:
     """Write one JSON object a line, atomically. Raises UserError for what `read_examples` would refuse."""
     seen = set()
     with atomic_write(path) as file:
         for example in examples:
-            _check_example(vars(example), f'{path}, example "{example.id}"', seen)
-            file.write(json.dumps(vars(example), ensure_ascii=False) + "\n")
+            row = {key: value for key, value in vars(example).items() if key != "reply" or value is not None}
+            _check_example(row, f'{path}, example "{example.id}"', seen)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_examples(path: str | os.PathLike) -> list[Example]:
-    """Examples from JSONL (or a JSON array) of objects with exactly the keys of `Example`.
+    """Examples from JSONL (or a JSON array) of objects with exactly the keys of `Example`; "reply" may be left out.
 
     Raises UserError naming file, line and reason: broken UTF-8 or JSON, NaN, missing or unknown keys, wrong
     types, ids given twice, answers without name and arguments, no messages, a last message by the assistant.
@@ -259,6 +96,8 @@ def _check_example(row: dict, where: str, seen: set[str]) -> dict:
         raise UserError(f"{where}: unknown key {shown(unknown[0])}; an example has {', '.join(sorted(known))}")
     for key in ("id", "source", "system"):
         field(row, key, str, where)
+    if "reply" in row:
+        field(row, "reply", str, where)
     for number, tool in enumerate(field(row, "tools", list, where)):
         if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
             raise UserError(f'{where}: tools[{number}] must be an object with a "name" that is a string')
@@ -273,9 +112,9 @@ def _check_example(row: dict, where: str, seen: set[str]) -> dict:
     if not messages or messages[-1]["role"] == "assistant":
         raise UserError(f"{where}: messages must end with a user or tool turn, which the answer answers")
     for number, call in enumerate(field(row, "answer", list, where)):
-        if not _is_call(call) or len(call) > 2:
+        if not is_call(call) or len(call) > 2:
             raise UserError(f'{where}: answer[{number}] must be {{"name": a string, "arguments": an object}}')
-    if not _is_storable(row):
+    if not is_storable(row):
         raise UserError(f"{where}: {NOT_JSON}, which a row cannot carry; remove the row or the value")
     if row["id"] in seen:
         raise UserError(f'{where}: the id "{row["id"][:80]}" was given before; ids must be unique in a file')
@@ -283,146 +122,59 @@ def _check_example(row: dict, where: str, seen: set[str]) -> dict:
     return row
 
 
-# --------------------------------------------------------------------------------- filters and options
+@dataclass(frozen=True)
+class EpochOrder:
+    """An order of `n` examples, a pure function of (seed, step, count): to resume it, know the step.
 
+    Every epoch is a permutation of its own, drawn from (seed, epoch). A step never straddles two epochs: the
+    n % count examples at an epoch's end are left out of it (drop_last, as in the released run).
 
-class ChatTokenizer(Protocol):
-    """The part of `tooln1.tokenizer` that measures a prompt."""
-
-    def render(self, messages: list[dict], *, add_generation_prompt: bool) -> str: ...
-    def encode(self, text: str) -> list[int]: ...
-
-
-def drop_long(
-    examples: Sequence[Example | tuple[Example, str]],
-    tokenizer: ChatTokenizer,
-    max_prompt_tokens: int,
-    think: bool = True,
-    where: str = "",
-) -> tuple[list, int]:
-    """(examples whose rendered prompt has at most `max_prompt_tokens` tokens, number of the others).
-
-    Pairs (example, reply to imitate) go by their example. Raises UserError, naming `where` and the example, where the
-    chat template refuses it.
+        >>> order = EpochOrder(n=5, seed=0)
+        >>> first, second, third = (order.take(step, count=2) for step in range(3))
+        >>> len({*first, *second}), order.epoch(1, count=2), order.epoch(2, count=2)
+        (4, 0, 1)
     """
-    kept = []
-    for one in tqdm(examples, desc="prompt lengths", unit="prompt", disable=None):
-        example = one[0] if isinstance(one, tuple) else one
-        try:
-            prompt = tokenizer.render(build_messages(example, think), add_generation_prompt=True)
-        except UserError as error:
-            raise UserError(f"{where + ', ' if where else ''}example {shown(example.id)}: {error}") from error
-        short = len(prompt.encode()) <= max_prompt_tokens  # a token is a byte at least: no need to count
-        if short or len(tokenizer.encode(prompt)) <= max_prompt_tokens:
-            kept.append(one)
-    return kept, len(examples) - len(kept)
+
+    n: int  # examples
+    seed: int  # >= 0
+
+    def __post_init__(self):
+        if self.n < 1 or self.seed < 0:
+            raise UserError(f"an epoch order needs n >= 1 and seed >= 0, got n={self.n} and seed={self.seed}")
+
+    def take(self, step: int, count: int) -> list[int]:
+        """The `count` distinct indices (0 <= i < n) of step `step` (from 0)."""
+        epoch, position = divmod(self._checked(step), self.steps_per_epoch(count))
+        return _permutation(self.n, self.seed, epoch)[position * count : (position + 1) * count].tolist()
+
+    def epoch(self, step: int, count: int) -> int:
+        """The epoch (from 0) in which step `step` (from 0) falls."""
+        return self._checked(step) // self.steps_per_epoch(count)
+
+    def steps_per_epoch(self, count: int) -> int:
+        """n // count. Raises UserError when an epoch cannot fill a single step."""
+        if not 1 <= count <= self.n:
+            raise UserError(
+                f"cannot take {count} examples a step from {self.n}: lower the number of prompts a step "
+                f"to between 1 and {self.n}, or give more data"
+            )
+        return self.n // count
+
+    def _checked(self, step: int) -> int:
+        if step < 0:
+            raise UserError(f"steps are counted from 0, got {step}")
+        return step
 
 
-def add_irrelevance(examples: list[Example], fraction: float, seed: int) -> list[Example]:
-    """`examples`, then copies in which no tool fits (the answer's tools removed, answer []).
+@lru_cache(maxsize=2)  # neighbouring steps share an epoch
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    # sorted raw draws: numpy keeps PCG64's bits stable over its versions, but not Generator.permutation
+    return np.argsort(np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(n), kind="stable")
 
-    fraction: copies as a share of the examples, 0 in the released run. Copied are examples with an answer and
-    at least one other tool, drawn by a hash of (seed, id); fewer than asked where there are not enough.
-    Raises UserError unless 0 <= fraction <= 1.
-    """
-    if not 0 <= fraction <= 1:
-        raise UserError(f"the irrelevance fraction must be between 0 and 1, got {fraction}")
-    copies = []
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """A hash of examples and their order: with the seed, what a run sees when."""
+    digest = hashlib.sha256()
     for example in examples:
-        used = {call["name"] for call in example.answer}
-        others = [tool for tool in example.tools if tool["name"] not in used]
-        if used and others:
-            copies.append(replace(example, id=example.id + IRRELEVANT, tools=others, answer=[]))
-    copies.sort(key=lambda copy: hashlib.sha256(f"{seed}:{copy.id}".encode()).digest())
-    return examples + copies[: round(fraction * len(examples))]
-
-
-# ------------------------------------------------------------------------------------------ command line
-
-
-def prepare(args: argparse.Namespace) -> dict:
-    """Convert, filter, split and write train.jsonl, heldout.jsonl and report.json; returns the report."""
-    if not (args.xlam or args.toolace):
-        raise UserError("nothing to convert: pass --xlam FILE, --toolace FILE or both")
-    out = check_writable(args.out, "--out")
-    conversions = []
-    if args.xlam:
-        conversions.append(convert_xlam(args.xlam, args.keep_no_call))
-    if args.toolace:
-        conversions.append(convert_toolace(args.toolace, args.keep_no_call))
-    examples = [example for conversion in conversions for example in conversion.examples]
-    too_long = None
-    if args.tokenizer:
-        from tooln1.tokenizer import load_tokenizer  # only here: conversion itself needs no model
-
-        examples, too_long = drop_long(examples, load_tokenizer(args.tokenizer), args.max_prompt_tokens)
-    if not examples:
-        dropped = [f"{reason}: {count}; " for c in conversions for reason, count in c.dropped.items()]
-        raise UserError(f"no example is left, nothing was written ({''.join(dropped)}too long: {too_long or 0})")
-    sides = split(examples, args.seed, args.held_out)
-    sides = [add_irrelevance(side, args.irrelevance, args.seed) for side in sides]
-    raw = Counter()
-    for conversion in conversions:
-        raw.update(conversion.rows)
-    report = {
-        "raw": {source: raw[source] for source in SOURCES},
-        "processed": {source: sum(e.source == source for e in examples) for source in SOURCES},
-        "train": len(sides[0]),
-        "heldout": len(sides[1]),
-        "irrelevance_copies": sum(map(len, sides)) - len(examples),
-        "dropped": {
-            "xlam" if XLAM in conversion.rows else "toolace": dict(sorted(conversion.dropped.items()))
-            for conversion in conversions
-        },
-        "too_long": too_long,
-        "options": {key: value for key, value in vars(args).items() if key != "out"},
-        "deviations": list(DEVIATIONS),
-    }
-    for name, side in zip(("train.jsonl", "heldout.jsonl"), sides, strict=True):
-        write_examples(side, out / name)
-    with atomic_write(out / "report.json") as file:
-        file.write(json.dumps(report, indent=2) + "\n")
-    return report
-
-
-def format_report(report: dict) -> str:
-    """The table of the paper's Table 1, then what was dropped and why, then the deviations."""
-    lines = ["| | xLAM single | ToolACE single | ToolACE multi |", "|---|---|---|---|"]
-    for key in ("raw", "processed"):
-        lines.append(f"| {key} | " + " | ".join(f"{report[key][source]:,}" for source in SOURCES) + " |")
-    lines += ["", TABLE_NOTE, ""]
-    for source, unit in (("xlam", "xLAM rows"), ("toolace", "ToolACE assistant turns")):
-        for reason, count in report["dropped"].get(source, {}).items():
-            lines.append(f"dropped {unit}, {reason}: {count:,}")
-    options = report["options"]
-    counted = "not checked, pass --tokenizer" if report["too_long"] is None else f"{report['too_long']:,}"
-    lines.append(f"dropped examples, prompt over {options['max_prompt_tokens']:,} tokens: {counted}")
-    if report["irrelevance_copies"]:
-        lines.append(f"irrelevance copies added after the split: {report['irrelevance_copies']:,}")
-    lines.append(f"train {report['train']:,}, held out {report['heldout']:,} (seed {options['seed']})")
-    lines += ["", "Differs from the released preprocessing:", *(f"- {line}" for line in report["deviations"])]
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tooln1.data", description=__doc__.splitlines()[0])
-    parser.add_argument("--xlam", help="xLAM rows, JSON array or JSONL: {query, tools, answers}")
-    parser.add_argument("--toolace", help="ToolACE rows, JSON array or JSONL: {system, conversations}")
-    parser.add_argument("--out", required=True, help="folder for train.jsonl, heldout.jsonl and report.json")
-    parser.add_argument("--held-out", type=float, default=0.1, help="share of rows held out (paper: 0.1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split and of the irrelevance draw")
-    parser.add_argument(
-        "--irrelevance",
-        type=float,
-        default=0.0,
-        metavar="FRACTION",
-        help="copies without the answer's tools, as a share of all (paper: 0)",
-    )
-    parser.add_argument("--keep-no-call", action="store_true", help="keep turns without a call, as answer []")
-    parser.add_argument("--tokenizer", help="model folder or hub id; with it, over-long prompts are dropped")
-    parser.add_argument("--max-prompt-tokens", type=int, default=4096, help="longest prompt kept")
-    print(format_report(prepare(parser.parse_args())))
-
-
-if __name__ == "__main__":
-    exit_on_user_error(main)
+        digest.update(json.dumps(vars(example)).encode())
+    return digest.hexdigest()[:16]

@@ -13,9 +13,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,15 +25,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from tooln1.errors import Stopped, UserError
-from tooln1.lifeline import WAY_ON, Lifeline, connect, end_with_torchrun
+from tooln1.io.errors import Stopped, UserError
 from tooln1.model import Transformer, load_model
-from tooln1.rollout import Rollout, Sampler
-
-if TYPE_CHECKING:
-    from tooln1.interrupt import StopRequest
+from tooln1.run.lifeline import WAY_ON, Lifeline, connect, end_with_torchrun
 
 T = TypeVar("T")
+
+
+Reduce = Callable[[list[float], str], list[float]]
+"""(numbers, "sum" | "min" | "max") -> those numbers, each reduced over all ranks; `World.reduce` is one."""
+
+
+def local_reduce(values: list[float], op: str) -> list[float]:
+    """The `Reduce` of a single process."""
+    return list(values)
 
 
 @dataclass(frozen=True)
@@ -350,56 +355,3 @@ def _own_parameters(module: nn.Module) -> list[Tensor]:
     if not isinstance(module, Transformer):
         return list(module.parameters())
     return [parameter for name, parameter in module.named_parameters() if not name.startswith("model.layers.")]
-
-
-def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Share out things of these costs: the costliest first, each to the rank that has the least so far."""
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    load = [0.0] * ranks
-    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        rank = load.index(min(load))
-        shares[rank].append(i)
-        load[rank] += costs[i]
-    return [sorted(share) for share in shares]
-
-
-def sample_everywhere(
-    sampler: Sampler,
-    world: World,
-    prompts: list[list[int]],
-    keys: list[int],
-    group_size: int,
-    max_new_tokens: int | list[int],
-    on_finished: Callable[[Rollout], None] | None = None,
-    request: StopRequest | None = None,
-    **how,
-) -> list[Rollout]:
-    """`sampler.generate` with the prompts dealt over ranks; every rank gets all rollouts, in prompt order.
-
-    max_new_tokens: one number, or one per prompt. on_finished: is handed each of this rank's own as soon as it ends.
-    Ranks sample without waiting for each other; they meet when all replies are there. What the sampler refuses is a
-    UserError here. A `request` to stop ends the sampling, with `Stopped` on all ranks.
-    """
-    caps = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    expected = [len(prompt) + group_size * cap for prompt, cap in zip(prompts, caps, strict=True)]
-    mine = deal(expected, world.size)[world.rank]  # like counts first, then lengths
-
-    def of_all(rollout: Rollout) -> Rollout:
-        return replace(rollout, group=mine[rollout.group])
-
-    try:
-        rollouts = sampler.generate(
-            [prompts[i] for i in mine],
-            keys=[keys[i] for i in mine],
-            group_size=group_size,
-            max_new_tokens=[caps[i] for i in mine],
-            **how,
-            on_finished=on_finished and (lambda rollout: on_finished(of_all(rollout))),
-            **({"should_stop": request.asked} if request else {}),
-        )
-    except ValueError as error:
-        raise UserError(f"sampling: {error}") from error
-    if request:
-        request.check()
-    rollouts = world.gather([of_all(rollout) for rollout in rollouts])
-    return sorted(rollouts, key=lambda rollout: (rollout.group, rollout.sample))

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tooln1.attention import causal
-from tooln1.errors import UserError, atomic_directory
-from tooln1.hub import local_directory
-from tooln1.jsonl import parse_json, read_text
-from tooln1.model_config import ModelConfig, parse_config
-from tooln1.weights import read_weights, stored_tensors, write_weights
+from tooln1.io.errors import UserError
+from tooln1.io.files import atomic_directory
+from tooln1.io.hub import local_directory
+from tooln1.io.jsonl import parse_json, read_text
+from tooln1.io.model_config import ModelConfig, parse_config
+from tooln1.io.weights import read_weights, stored_tensors, write_weights
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]"""

@@ -14,14 +14,15 @@ Deviations from the released code:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
-from tooln1.errors import UserError
+from tqdm import tqdm
 
-if TYPE_CHECKING:  # data.py takes XLAM_SYSTEM from here
-    from tooln1.data import Example
+from tooln1.data import Example
+from tooln1.io.errors import UserError
+from tooln1.io.jsonl import shown
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
@@ -310,3 +311,33 @@ def _has_strict_layout(text: str) -> bool:
     after_thought = text.find(THINK_CLOSE) + len(THINK_CLOSE)
     between = text[after_thought : text.find(CALL_OPEN)]
     return text.startswith(THINK_OPEN) and text.endswith(CALL_CLOSE) and not between.strip()
+
+
+class ChatTokenizer(Protocol):
+    """The part of `tooln1.tokenizer` that measures a prompt."""
+
+    def render(self, messages: list[dict], *, add_generation_prompt: bool) -> str: ...
+    def encode(self, text: str) -> list[int]: ...
+
+
+def drop_long(
+    examples: Sequence[Example],
+    tokenizer: ChatTokenizer,
+    max_prompt_tokens: int,
+    think: bool = True,
+    where: str = "",
+) -> tuple[list[Example], int]:
+    """(examples whose rendered prompt has at most `max_prompt_tokens` tokens, number of the others).
+
+    Raises UserError, naming `where` and the example, where the chat template refuses it.
+    """
+    kept = []
+    for example in tqdm(examples, desc="prompt lengths", unit="prompt", disable=None):
+        try:
+            prompt = tokenizer.render(build_messages(example, think), add_generation_prompt=True)
+        except UserError as error:
+            raise UserError(f"{where + ', ' if where else ''}example {shown(example.id)}: {error}") from error
+        short = len(prompt.encode()) <= max_prompt_tokens  # a token is a byte at least: no need to count
+        if short or len(tokenizer.encode(prompt)) <= max_prompt_tokens:
+            kept.append(example)
+    return kept, len(examples) - len(kept)

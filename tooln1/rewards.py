@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from tooln1.errors import UserError
+from tooln1.io.errors import UserError
 from tooln1.prompt import Reply, UnreadableCalls, checked_calls, parse_reply, read_calls
 
 Calls = list[dict]  # [{"name": str, "arguments": dict}, ...]

@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
-from tooln1.errors import UserError
+from tooln1.io.errors import UserError
 
 # The keys of tooln1.rewards.REWARDS, repeated so that settings import no other room; a test compares the two.
 REWARD_NAMES = ("binary", "binary_no_think", "format_partial", "format_name_partial", "strict")

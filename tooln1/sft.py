@@ -1,43 +1,34 @@
 """The supervised baselines: imitate a written reply, on the same packed batches as reinforcement learning.
 
-A row is an `Example` with a field "reply": the text to imitate, without the stop token. A row without one is
-answered by its gold calls alone, which is the paper's SFT without reasoning (Table 3, "no-reason SFT").
+`Example.reply` is the text to imitate, without the stop token. An example without one is answered by its gold calls
+alone, which is the paper's SFT without reasoning (Table 3, "no-reason SFT").
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from tooln1.data import Example, checked_example
-from tooln1.errors import UserError
-from tooln1.jsonl import field, read_rows, shown
+from tooln1.data import Example, Rollout
+from tooln1.io.errors import UserError
+from tooln1.io.jsonl import shown
 from tooln1.prompt import build_messages, format_reply
-from tooln1.rollout import Rollout
 from tooln1.tokenizer import Tokenizer
 
 
-def read_pairs(path: str | Path) -> list[tuple[Example, str]]:
-    """The examples of a JSONL file, each with the reply to imitate. Raises UserError as `read_examples` does."""
-    pairs, seen = [], set()
-    for where, row in read_rows(path):
-        reply = field(row, "reply", str, where) if "reply" in row else None
-        example = checked_example({key: value for key, value in row.items() if key != "reply"}, where, seen)
-        pairs.append((example, format_reply(example.answer) if reply is None else reply))
-    return pairs
+def target_text(example: Example) -> str:
+    """The reply to imitate."""
+    return format_reply(example.answer) if example.reply is None else example.reply
 
 
-def demonstrations(
-    pairs: Sequence[tuple[Example, str]], tokenizer: Tokenizer, think: bool, on_prompt: bool
-) -> list[Rollout]:
-    """The pairs as rollouts to imitate, each a group of its own.
+def demonstrations(examples: Sequence[Example], tokenizer: Tokenizer, think: bool, on_prompt: bool) -> list[Rollout]:
+    """The examples as rollouts to imitate, each a group of its own.
 
     With `on_prompt` the loss covers the prompt as well: everything behind the first token counts as the reply.
     """
     rollouts = []
-    for group, (example, reply) in enumerate(pairs):
+    for group, example in enumerate(examples):
         try:
-            prompt, target = _tokens(build_messages(example, think), reply, tokenizer)
+            prompt, target = _tokens(build_messages(example, think), target_text(example), tokenizer)
         except UserError as error:
             raise UserError(f"example {shown(example.id)}: {error}") from error
         if on_prompt:

@@ -16,9 +16,9 @@ from typing import Any
 import tokenizers
 
 from tooln1.chat_template import compile_template
-from tooln1.errors import UserError
-from tooln1.hub import local_directory
-from tooln1.jsonl import parse_json, read_text, shown
+from tooln1.io.errors import UserError
+from tooln1.io.hub import local_directory
+from tooln1.io.jsonl import parse_json, read_text, shown
 
 TOKENIZER_FILES = [
     "tokenizer.json",

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from tooln1.attention import packed_attention
 from tooln1.batch import PackedBatch, as_rows
-from tooln1.distributed import next_microbatch, reshard, whole
+from tooln1.distributed import Reduce, local_reduce, next_microbatch, reshard, whole
 from tooln1.grpo import aggregate, clipped_policy_loss, clipped_tokens, k3_kl, token_logprobs
-from tooln1.metrics import Reduce, alone
 from tooln1.model import Transformer
 
 Sums = dict[str, tuple[float, float]]
@@ -140,7 +139,7 @@ def optimizer_step(
     total: float,
     max_grad_norm: float,
     learning_rate: float,
-    reduce: Reduce = alone,
+    reduce: Reduce = local_reduce,
     before_each: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Accumulate the gradients of all micro-batches, clip their global norm, step.

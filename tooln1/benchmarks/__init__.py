@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tooln1.data import Example
-from tooln1.errors import UserError
+from tooln1.io.errors import UserError
 
 NAMES = ("examples", "bfcl", "acebench", "api_bank")
 

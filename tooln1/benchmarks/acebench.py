@@ -27,8 +27,8 @@ from tooln1.benchmarks import Case, Tally, Verdict, row_by_rule
 from tooln1.benchmarks.acebench_checker import TYPES, Gold, base_name, calls_fault, described
 from tooln1.benchmarks.acebench_text import Call, UnreadableText, read_text, write_text
 from tooln1.data import checked_example
-from tooln1.errors import UserError
-from tooln1.jsonl import field, kind_of, read_rows
+from tooln1.io.errors import UserError
+from tooln1.io.jsonl import field, kind_of, read_rows
 from tooln1.prompt import XLAM_SYSTEM, parse_reply
 
 ATOM = tuple(f"normal_atom_{kind}" for kind in ("bool", "enum", "number", "list", "object_short", "object_deep"))

@@ -31,8 +31,8 @@ from typing import Any
 
 from tooln1.benchmarks import Case, Tally, Verdict, row_by_rule
 from tooln1.data import checked_example
-from tooln1.errors import UserError
-from tooln1.jsonl import field, kind_of, read_rows
+from tooln1.io.errors import UserError
+from tooln1.io.jsonl import field, kind_of, read_rows
 from tooln1.prompt import XLAM_SYSTEM, parse_reply, read_json
 from tooln1.rewards import reply_fault
 

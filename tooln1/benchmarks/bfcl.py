@@ -31,7 +31,7 @@ from tooln1.benchmarks.bfcl_data import (
     language_of,
     load,
 )
-from tooln1.errors import atomic_write
+from tooln1.io.files import atomic_write
 from tooln1.prompt import call_blocks, read_json
 
 __all__ = [

@@ -18,8 +18,8 @@ from typing import Any
 from tooln1.benchmarks import Case
 from tooln1.benchmarks.bfcl_checker import JAVA, JAVASCRIPT, PYTHON, Gold, Language
 from tooln1.data import checked_example
-from tooln1.errors import UserError
-from tooln1.jsonl import field, kind_of, read_rows
+from tooln1.io.errors import UserError
+from tooln1.io.jsonl import field, kind_of, read_rows
 from tooln1.prompt import XLAM_SYSTEM
 
 SIMPLE = ("simple_python", "simple_java", "simple_javascript")

@@ -17,15 +17,18 @@ import hashlib
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken
 
 from tooln1.data import Example, write_examples
-from tooln1.demo_tools import FAMILIES, TOOLS, VALUES
-from tooln1.errors import UserError, atomic_write, check_writable, exit_on_user_error
-from tooln1.model import parse_config, random_model, save_model
+from tooln1.demo.tools import FAMILIES, TOOLS, VALUES
+from tooln1.io.errors import UserError, exit_on_user_error
+from tooln1.io.files import atomic_write, check_writable
+from tooln1.io.model_config import parse_config
+from tooln1.model import random_model, save_model
 from tooln1.prompt import THINK_INSTRUCTION, TOOLS_SECTION, XLAM_SYSTEM, format_reply
 from tooln1.tokenizer import load_tokenizer
 
@@ -178,7 +181,7 @@ def examples_of(split: str, seed: int = 0) -> list[Example]:
     return [draw_example(number, split, rng) for number in range(SIZES[split])]
 
 
-def copying(seed: int = 0) -> list[tuple[Example, str]]:
+def copying(seed: int = 0) -> list[Example]:
     """Exercises in copying, and their solutions: say a list of words and numbers again, or look values up by name.
 
     Short and dense, they bring about in minutes what tool calls alone do not in an hour: heads that find a word's
@@ -187,7 +190,7 @@ def copying(seed: int = 0) -> list[tuple[Example, str]]:
     rng = random.Random(f"copy {seed}")
     words = sorted({word for words in VALUES.values() for word in words.split()})
     keys = sorted({key for _, _, parameters, _ in TOOLS for key in parameters})
-    pairs = []
+    examples = []
     for number in range(SIZES["copy"]):
         chosen = rng.sample(keys, rng.randint(2, 8))
         kinds = rng.choices(("word", "2-99", "1.1-99.5", "10-999"), (6, 2, 1, 1), k=len(chosen))
@@ -201,23 +204,21 @@ def copying(seed: int = 0) -> list[tuple[Example, str]]:
             request = ", ".join(f"{key} {value}" for key, value in values.items())
             reply = json.dumps({key: values[key] for key in rng.sample(chosen, len(chosen))})
         message = {"role": "user", "content": request}
-        pairs.append((Example(f"demo-copy-{number}", "demo_copy", XLAM_SYSTEM, [], [message], []), reply))
-    return pairs
+        examples.append(Example(f"demo-copy-{number}", "demo_copy", XLAM_SYSTEM, [], [message], [], reply))
+    return examples
 
 
 def write_data(folder: Path, seed: int = 0) -> None:
     """All five files; the supervised ones with the reply to imitate."""
-    for split in ("train", "heldout"):
-        write_examples(examples_of(split, seed), folder / f"{split}.jsonl")
     rng = random.Random(f"habits {seed}")
-    supervised = {
-        "copy": copying(seed),
-        "pretrain": [(example, reply_with(example.answer)) for example in examples_of("pretrain", seed)],
-        "warmstart": [(example, reply_with(with_habits(example, rng))) for example in examples_of("warmstart", seed)],
-    }
-    for split, pairs in supervised.items():
-        with atomic_write(folder / f"{split}.jsonl") as file:
-            file.writelines(json.dumps({**vars(example), "reply": reply}) + "\n" for example, reply in pairs)
+    splits = {split: examples_of(split, seed) for split in ("train", "heldout")}
+    splits["copy"] = copying(seed)
+    splits["pretrain"] = [replace(one, reply=reply_with(one.answer)) for one in examples_of("pretrain", seed)]
+    splits["warmstart"] = [
+        replace(one, reply=reply_with(with_habits(one, rng))) for one in examples_of("warmstart", seed)
+    ]
+    for split, examples in splits.items():
+        write_examples(examples, folder / f"{split}.jsonl")
 
 
 CHAT_TEMPLATE = (

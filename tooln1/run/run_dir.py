@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tooln1.checkpoint import (
+from tooln1.distributed import World
+from tooln1.io.errors import UserError
+from tooln1.io.files import check_writable, clear_up
+from tooln1.run.checkpoint import (
     LATEST,
     Checkpoint,
     choose,
@@ -17,8 +20,6 @@ from tooln1.checkpoint import (
     read_checkpoint,
     unfinished,
 )
-from tooln1.distributed import World
-from tooln1.errors import UserError, check_writable, clear_up
 
 CHECKPOINTS = "checkpoints"
 WRITTEN = ("config.toml", "metrics.jsonl", "rollouts.jsonl", "hf")  # beside them

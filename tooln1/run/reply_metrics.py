@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from tooln1.batch import PackedBatch
+from tooln1.data import Rollout
 from tooln1.grpo import zero_variance_groups
-from tooln1.metrics import Metrics
 from tooln1.rewards import fault_of
-from tooln1.rollout import Rollout
-from tooln1.scheduler import Stats
+from tooln1.run.metrics import Metrics
+from tooln1.sampler.scheduler import Stats
 
 FORMAT_FAULTS = ("no_call_block", "bad_json", "bad_format", "no_think")
 

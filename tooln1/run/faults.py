@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from tooln1.batch import PackedBatch
+from tooln1.data import Rollout
 from tooln1.distributed import World
-from tooln1.errors import UserError, atomic_write
-from tooln1.metrics import to_json
-from tooln1.rollout import Rollout
+from tooln1.io.errors import UserError
+from tooln1.io.files import atomic_write
+from tooln1.run.metrics import to_json
 from tooln1.tokenizer import Tokenizer
 
 ROLLOUT_KNOBS = ("rollout_rows", "rollout_cache_tokens", "max_reply_tokens")

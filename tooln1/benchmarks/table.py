@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tooln1.benchmarks.paper import COMPARISONS
-from tooln1.evaluation import CONFLICTING, MISSING_CATEGORIES, NO_PREDICTION, REPEATED, TOO_LONG, UNKNOWN, Bench
+from tooln1.benchmarks.runner import CONFLICTING, MISSING_CATEGORIES, NO_PREDICTION, REPEATED, TOO_LONG, UNKNOWN, Bench
 
 WIDTH = 118  # of footnotes
 

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tooln1.errors import UserError
-from tooln1.jsonl import parse_json, read_text, shown
+from tooln1.io.errors import UserError
+from tooln1.io.jsonl import parse_json, read_text, shown
 
 SHARD_BYTES = 5 * 10**9
 BLOCK, BLOCKS = 1 << 16, 256  # bytes, and how many such blocks of a file tell it from another

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tooln1.errors import UserError
-from tooln1.jsonl import shown
+from tooln1.io.errors import UserError
+from tooln1.io.jsonl import shown
 
 SIZES = (
     "vocab_size",

@@ -34,7 +34,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tooln1.distributed import World
-from tooln1.errors import UserError, atomic_write, flush, put_in_place
+from tooln1.io.errors import UserError
+from tooln1.io.files import atomic_write, flush, put_in_place
 from tooln1.model import Transformer
 
 _NAME = re.compile(r"step-(\d{6,18})")

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tooln1.checkpoint import complete_checkpoints, step_of
 from tooln1.data import Example
 from tooln1.distributed import World
-from tooln1.errors import UserError
-from tooln1.memory import device_bytes, estimate, host_bytes, table
-from tooln1.model_config import ModelConfig
-from tooln1.preflight import (
+from tooln1.io.errors import UserError
+from tooln1.io.model_config import ModelConfig
+from tooln1.run.checkpoint import complete_checkpoints, step_of
+from tooln1.run.memory import device_bytes, estimate, host_bytes, table
+from tooln1.run.preflight import (
     Finding,
     disk,
     leaks,
@@ -27,8 +27,9 @@ from tooln1.preflight import (
     stop_ids,
     template,
 )
-from tooln1.run_dir import CHECKPOINTS
-from tooln1.tensorboard import tensorboard_writer
+from tooln1.run.run_dir import CHECKPOINTS
+from tooln1.run.tensorboard import tensorboard_writer
+from tooln1.sft import target_text
 from tooln1.tokenizer import Tokenizer
 
 
@@ -38,7 +39,7 @@ def look_ahead(
     config: ModelConfig,
     reference: ModelConfig | None,
     tokenizer: Tokenizer,
-    examples: Sequence[Example | tuple[Example, str]],
+    examples: Sequence[Example],
     held_out: Sequence[Example],
 ) -> None:
     """Ask all that can be known of a run, and show a prompt. UserError for what cannot work, with `check` for warnings.
@@ -72,17 +73,20 @@ def _seen(
     config: ModelConfig,
     reference: ModelConfig | None,
     tokenizer: Tokenizer,
-    examples: Sequence[Example | tuple[Example, str]],
+    examples: Sequence[Example],
     held_out: Sequence[Example],
 ) -> list[Finding]:
     """The findings of all checks; prints a prompt, and with `check` the memory table and the findings."""
     supervised, cuda, think = settings["mode"] == "sft", world.device.type == "cuda", settings["think"]
     if settings["tensorboard"]:
         tensorboard_writer()
-    plain = [one[0] for one in examples] if supervised else examples
-    replies = [len(tokenizer.encode(reply)) for _, reply in examples] if supervised else [settings["max_reply_tokens"]]
+    replies = (
+        [len(tokenizer.encode(target_text(example))) for example in examples]
+        if supervised
+        else [settings["max_reply_tokens"]]
+    )
     group, context = 1 if supervised else settings["group_size"], config.raw.get("max_position_embeddings")
-    longest = longest_prompt(tokenizer, plain, think)
+    longest = longest_prompt(tokenizer, examples, think)
     rows = -(-settings["prompts_per_step"] // world.size) * group
     cache = (settings["rollout_rows"] or 512) * (context or 32768) if cuda else rows * (longest + max(replies))
 
@@ -121,8 +125,8 @@ def _seen(
             0 if supervised else settings["rollout_cache_tokens"],
         ),
         *stop_ids(tokenizer, config.vocab_size),
-        *template(tokenizer, plain, think, settings["reward"], supervised),
-        *leaks(plain, held_out),
+        *template(tokenizer, examples, think, settings["reward"], supervised),
+        *leaks(examples, held_out),
         *memory(
             needed,
             cuda=cuda,
@@ -139,7 +143,7 @@ def _seen(
             export_bytes=2 if cuda else 4,
         ),
     ]
-    head, *prompt = sample(tokenizer, plain[0], think).split("\n")
+    head, *prompt = sample(tokenizer, examples[0], think).split("\n")
     if settings["check"]:
         print(head, *prompt, "", "memory of one process:", table(needed), "", report(found), sep="\n")
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 
-from tooln1.errors import UserError
+from tooln1.io.errors import UserError
 
 
 def tensorboard_writer() -> type:

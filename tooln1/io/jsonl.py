@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-from tooln1.errors import UserError
+from tooln1.io.errors import UserError
 
 MAX_ROW = 2**24  # bytes of a line, characters of an array's element; no prompt of 4 million tokens is trained on
 MAX_DEPTH = 100  # of lists and objects in one another: what hashes, compares or writes a row later recurses

@@ -21,15 +21,15 @@ from typing import Any
 
 from tooln1.benchmarks import Benchmark, Case, Tally, Verdict, benchmark, row_by_rule
 from tooln1.benchmarks import examples as examples_benchmark
-from tooln1.data import Example
-from tooln1.distributed import World, sample_everywhere
-from tooln1.errors import UserError
-from tooln1.interrupt import StopRequest
-from tooln1.jsonl import field as json_field
-from tooln1.metrics import progress
+from tooln1.data import Example, Rollout
+from tooln1.distributed import World
+from tooln1.io.errors import UserError
+from tooln1.io.jsonl import field as json_field
+from tooln1.io.progress import progress
 from tooln1.model import Transformer
 from tooln1.prompt import build_messages
-from tooln1.rollout import Rollout, Sampler
+from tooln1.sampler.distributed import generate_distributed
+from tooln1.sampler.sampler import Sampler
 from tooln1.tokenizer import Tokenizer
 
 # What may be wrong with data and predictions; the first two are faults of a case as well.
@@ -191,13 +191,14 @@ def answer(
     asking: Asking,
     found: Mapping[Key, Prediction] | None = None,
     on_reply: Callable[[Key, Prediction], None] = lambda key, prediction: None,
-    request: StopRequest | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[Key, Prediction]:
     """Predictions for the chosen cases: those `found`, and the others, made on all ranks and known to all afterwards.
 
     A prompt that the model's context cannot hold is not asked, and a reply is cut off where the context ends.
     `on_reply` is told of each new prediction of this rank as soon as it is there. The bar shows this rank's accuracy.
-    A `request` to stop ends it with `Stopped`.
+    `should_stop` and `check` as in `generate_distributed`.
     """
     wanted = {(bench.name, case.id, sample): case for case in bench.chosen for sample in range(asking.samples)}
     found = {key: prediction for key, prediction in (found or {}).items() if key in wanted}
@@ -230,7 +231,7 @@ def answer(
             for item in too_long.items():
                 made(*item)
         rollouts = (
-            sample_everywhere(
+            generate_distributed(
                 sampler,
                 world,
                 [prompts[name] for name in asked],
@@ -240,7 +241,8 @@ def answer(
                 seed=asking.seed,
                 max_new_tokens=[min(asking.max_reply_tokens, context - len(prompts[name])) for name in asked],
                 on_finished=lambda rollout: made(*named(rollout), replies=world.size),
-                request=request,
+                should_stop=should_stop,
+                check=check,
             )
             if asked
             else []
@@ -327,12 +329,15 @@ def figures(
     tokenizer: Tokenizer,
     world: World,
     asking: Asking,
-    request: StopRequest,
+    should_stop: Callable[[], bool],
+    check: Callable[[], None],
 ) -> dict[str, float]:
-    """Ask the benches, one sample a case: the totals of all under names for a log; `request` as in `answer`."""
+    """Ask the benches, one sample a case: the totals of all, under names for a log."""
     found = {}
     for bench in benches:
-        found |= metrics_of(bench, answer(bench, sampler, tokenizer, world, asking, request=request), asking.think)
+        found |= metrics_of(
+            bench, answer(bench, sampler, tokenizer, world, asking, should_stop=should_stop, check=check), asking.think
+        )
     return found
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 
 from tooln1.distributed import World
-from tooln1.errors import Stopped
+from tooln1.io.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 WORDS = "stopping, then saving the steps that are complete; a second signal stops at once, without saving"

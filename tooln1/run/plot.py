@@ -1,6 +1,6 @@
 """The curves of a run, those of the paper's figures 6 and 7.
 
-    python -m tooln1.plot RUN [RUN ...] [--out FILE.png | --text]
+    python -m tooln1.run.plot RUN [RUN ...] [--out FILE.png | --text]
 
 RUN is a run directory or its metrics.jsonl; several runs are drawn over one another. `--text` prints lines of
 characters instead and does without matplotlib, which is optional (requirements-extra.txt).
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tooln1.errors import UserError, atomic_write, check_writable, exit_on_user_error
-from tooln1.metrics import read_jsonl
+from tooln1.io.errors import UserError, exit_on_user_error
+from tooln1.io.files import atomic_write, check_writable
+from tooln1.run.metrics import read_jsonl
 
 INK, FAINT = "#333333", "#dddddd"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
@@ -191,7 +192,7 @@ def save_figure(drawing: Any, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Read the runs and draw them."""
-    parser = argparse.ArgumentParser("python -m tooln1.plot", description="Draw the curves of some runs.")
+    parser = argparse.ArgumentParser("python -m tooln1.run.plot", description="Draw the curves of some runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run directory, or its metrics.jsonl")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, help="image to write (.png, .svg, .pdf); default: RUN/curves.png")

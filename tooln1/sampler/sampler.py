@@ -21,23 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tooln1.data import Rollout
 from tooln1.grpo import only_known
 from tooln1.model import Transformer
-from tooln1.paged_attention import FlexPages, GatheredPages, PagedCache, PagedSpan, PrefillAttention
-from tooln1.sampling import choose, reply_streams, uniforms
-from tooln1.scheduler import Group, PagePool, Row, Scheduler, Stats, Step
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One sampled reply."""
-
-    group: int  # which prompt of the call it answers; replies of one group are compared with each other
-    sample: int  # which of the group's replies it is, 0 .. G-1
-    prompt: list[int]  # token ids
-    reply: list[int]  # token ids, the stop token included
-    logprobs: list[float]  # of each reply token at the sampling temperature, before top-k and top-p
-    finished: bool  # ended with a stop token; False: cut at the cap
+from tooln1.sampler.paged_attention import FlexPages, GatheredPages, PagedCache, PagedSpan, PrefillAttention
+from tooln1.sampler.sampling import choose, reply_streams, uniforms
+from tooln1.sampler.scheduler import Group, PagePool, Row, Scheduler, Stats, Step
 
 
 @dataclass(frozen=True)

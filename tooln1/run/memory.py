@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from tooln1.model_config import ModelConfig
+from tooln1.io.model_config import ModelConfig
 
 FP32 = 4
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")

@@ -16,18 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm import tqdm
-
-from tooln1.errors import UserError, atomic_write
-from tooln1.tensorboard import TensorBoardLog
-
-Reduce = Callable[[list[float], str], list[float]]
-"""(numbers, "sum" | "min" | "max") -> those numbers, each reduced over all ranks; `World.reduce` is one."""
-
-
-def alone(values: list[float], op: str) -> list[float]:
-    """The `Reduce` of a single process."""
-    return list(values)
+from tooln1.distributed import Reduce, local_reduce
+from tooln1.io.errors import UserError
+from tooln1.io.files import atomic_write
+from tooln1.run.tensorboard import TensorBoardLog
 
 
 class Metrics:
@@ -87,7 +79,7 @@ class Metrics:
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    def reduced(self, reduce: Reduce = alone) -> dict[str, float]:
+    def reduced(self, reduce: Reduce = local_reduce) -> dict[str, float]:
         """Every metric by name, over all ranks; a mean of nothing is NaN.
 
         Phases give seconds/<phase> and, where tokens were added, tokens_per_second/<phase>: the tokens of all
@@ -377,13 +369,3 @@ class RunLog:
         for log in (self._metrics, self._rollouts, self._tensorboard):
             if log is not None:
                 log.close()
-
-
-def progress(work: Iterable | int, description: str, unit: str = "", show: bool = True) -> tqdm:
-    """A progress bar: wraps an iterable, or counts `.update(n)` up to a number. It leaves no line behind.
-
-    Nothing is drawn where `show` is False (every rank but the first) or stderr is not a terminal.
-    """
-    ends = {"total": work} if isinstance(work, int) else {"iterable": work}
-    unit = f" {unit}" if unit else "it"
-    return tqdm(**ends, desc=description, unit=unit, leave=False, disable=None if show else True)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 from tooln1.data import Example
-from tooln1.errors import UserError
-from tooln1.memory import Estimate, shown
-from tooln1.order import content_digest, source_row
+from tooln1.io.errors import UserError
+from tooln1.prepare.split import content_digest, source_row
 from tooln1.prompt import THINK_OPEN, build_messages, format_reply
 from tooln1.rewards import REWARDS, RULES
+from tooln1.run.memory import Estimate, shown
 from tooln1.tokenizer import Tokenizer
 
 Level = Literal["ok", "warning", "error"]
@@ -65,7 +65,7 @@ def leaks(train: Sequence[Example], held_out: Sequence[Example]) -> list[Finding
     if itself == len(held_out):
         text = (
             f"all {itself} held-out examples are training examples: figures on them are training accuracy; name "
-            "other examples as eval_data (python -m tooln1.data makes a split)."
+            "other examples as eval_data (python -m tooln1.prepare makes a split)."
         )
         return [Finding("warning", "leaks", text)]
     found = []
@@ -74,7 +74,7 @@ def leaks(train: Sequence[Example], held_out: Sequence[Example]) -> list[Finding
             text = (
                 f"{len(pairs)} of {len(held_out)} held-out examples {what} that is trained on (the first: "
                 f"{pairs[0][0]}, as {pairs[0][1]} in training), so figures on them are too good; take them out, "
-                "or split anew with python -m tooln1.data."
+                "or split anew with python -m tooln1.prepare."
             )
             found.append(Finding("warning", "leaks", text))
     none = f"none of {len(held_out)} held-out examples shares its source row, or query and tools, with {len(train)}."

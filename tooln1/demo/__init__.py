@@ -1,0 +1,1 @@
+"""How the embedded demo in assets/demo was made."""

@@ -1,0 +1,124 @@
+"""Raw xLAM and ToolACE files to train.jsonl, heldout.jsonl and report.json.
+
+    python -m tooln1.prepare --xlam xlam_function_calling_60k.json --toolace data.json --out DIR
+
+What differs from the released preprocessing (verl/examples/data_preprocess) is listed in DEVIATIONS and
+printed with every conversion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+
+from tooln1.data import write_examples
+from tooln1.io.errors import UserError, exit_on_user_error
+from tooln1.io.files import atomic_write, check_writable
+from tooln1.prepare.convert import SOURCES, XLAM, add_irrelevance, convert_toolace, convert_xlam
+from tooln1.prepare.split import split
+from tooln1.prompt import drop_long
+
+TABLE_NOTE = (
+    "Raw: rows; a ToolACE row is multi with more than one assistant turn.\n"
+    "Processed: instances, one per call step; multi from the third turn on, as the released code has it."
+)
+
+
+DEVIATIONS = (
+    "The split is by source row and seeded, rows of equal tools and question on one side; the "
+    "released one is by instance (steps of one dialogue fall on both sides) and unseeded.",
+    "ToolACE call strings go through a parser that keeps ')' inside values, true/false/null, escaped quotes "
+    "and names with slashes or parentheses; the released one cuts or drops them (docs/toolace_parser.md).",
+    "Earlier calls stand in the history as JSON once; the released code encodes them twice.",
+    "The filters (calls outside the candidate list, or that do not parse) hold for xLAM rows too, and rows "
+    "with values that JSON or UTF-8 cannot hold are dropped; the released code filters ToolACE answers only.",
+)
+
+
+def prepare(args: argparse.Namespace) -> dict:
+    """Convert, filter, split and write train.jsonl, heldout.jsonl and report.json; returns the report."""
+    if not (args.xlam or args.toolace):
+        raise UserError("nothing to convert: pass --xlam FILE, --toolace FILE or both")
+    out = check_writable(args.out, "--out")
+    conversions = []
+    if args.xlam:
+        conversions.append(convert_xlam(args.xlam, args.keep_no_call))
+    if args.toolace:
+        conversions.append(convert_toolace(args.toolace, args.keep_no_call))
+    examples = [example for conversion in conversions for example in conversion.examples]
+    too_long = None
+    if args.tokenizer:
+        from tooln1.tokenizer import load_tokenizer
+
+        examples, too_long = drop_long(examples, load_tokenizer(args.tokenizer), args.max_prompt_tokens)
+    if not examples:
+        dropped = [f"{reason}: {count}; " for c in conversions for reason, count in c.dropped.items()]
+        raise UserError(f"no example is left, nothing was written ({''.join(dropped)}too long: {too_long or 0})")
+    sides = split(examples, args.seed, args.held_out)
+    sides = [add_irrelevance(side, args.irrelevance, args.seed) for side in sides]
+    raw = Counter()
+    for conversion in conversions:
+        raw.update(conversion.rows)
+    report = {
+        "raw": {source: raw[source] for source in SOURCES},
+        "processed": {source: sum(e.source == source for e in examples) for source in SOURCES},
+        "train": len(sides[0]),
+        "heldout": len(sides[1]),
+        "irrelevance_copies": sum(map(len, sides)) - len(examples),
+        "dropped": {
+            "xlam" if XLAM in conversion.rows else "toolace": dict(sorted(conversion.dropped.items()))
+            for conversion in conversions
+        },
+        "too_long": too_long,
+        "options": {key: value for key, value in vars(args).items() if key != "out"},
+        "deviations": list(DEVIATIONS),
+    }
+    for name, side in zip(("train.jsonl", "heldout.jsonl"), sides, strict=True):
+        write_examples(side, out / name)
+    with atomic_write(out / "report.json") as file:
+        file.write(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def format_report(report: dict) -> str:
+    """The table of the paper's Table 1, then what was dropped and why, then the deviations."""
+    lines = ["| | xLAM single | ToolACE single | ToolACE multi |", "|---|---|---|---|"]
+    for key in ("raw", "processed"):
+        lines.append(f"| {key} | " + " | ".join(f"{report[key][source]:,}" for source in SOURCES) + " |")
+    lines += ["", TABLE_NOTE, ""]
+    for source, unit in (("xlam", "xLAM rows"), ("toolace", "ToolACE assistant turns")):
+        for reason, count in report["dropped"].get(source, {}).items():
+            lines.append(f"dropped {unit}, {reason}: {count:,}")
+    options = report["options"]
+    counted = "not checked, pass --tokenizer" if report["too_long"] is None else f"{report['too_long']:,}"
+    lines.append(f"dropped examples, prompt over {options['max_prompt_tokens']:,} tokens: {counted}")
+    if report["irrelevance_copies"]:
+        lines.append(f"irrelevance copies added after the split: {report['irrelevance_copies']:,}")
+    lines.append(f"train {report['train']:,}, held out {report['heldout']:,} (seed {options['seed']})")
+    lines += ["", "Differs from the released preprocessing:", *(f"- {line}" for line in report["deviations"])]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tooln1.prepare", description=__doc__.splitlines()[0])
+    parser.add_argument("--xlam", help="xLAM rows, JSON array or JSONL: {query, tools, answers}")
+    parser.add_argument("--toolace", help="ToolACE rows, JSON array or JSONL: {system, conversations}")
+    parser.add_argument("--out", required=True, help="folder for train.jsonl, heldout.jsonl and report.json")
+    parser.add_argument("--held-out", type=float, default=0.1, help="share of rows held out (paper: 0.1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split and of the irrelevance draw")
+    parser.add_argument(
+        "--irrelevance",
+        type=float,
+        default=0.0,
+        metavar="FRACTION",
+        help="copies without the answer's tools, as a share of all (paper: 0)",
+    )
+    parser.add_argument("--keep-no-call", action="store_true", help="keep turns without a call, as answer []")
+    parser.add_argument("--tokenizer", help="model folder or hub id; with it, over-long prompts are dropped")
+    parser.add_argument("--max-prompt-tokens", type=int, default=4096, help="longest prompt kept")
+    print(format_report(prepare(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,1 @@
+"""What a run needs and a reader of the algorithm does not."""
