@@ -10,68 +10,34 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from tooln1.batch import PackedBatch, minibatch_rows, pack, plan
-from tooln1.benchmarks.runner import Asking, Bench, figures, held_out_bench, load_benches
-from tooln1.config import allowed_changes, load_config, refuse_changes, to_toml
-from tooln1.data import EpochOrder, Example, Rollout, fingerprint, read_examples
-from tooln1.distributed import World, copy_weights, launch, load_models, reshard
+from tooln1.config import load_config
+from tooln1.data import Example, Rollout
+from tooln1.distributed import World, copy_weights, launch
 from tooln1.grpo import group_advantages, loss_total
-from tooln1.io import weights
-from tooln1.io.errors import Stopped, UserError, exit_on_user_error
-from tooln1.io.files import atomic_write, check_writable
+from tooln1.io.errors import exit_on_user_error
+from tooln1.io.files import check_writable
 from tooln1.io.model_config import pair_cost
 from tooln1.io.progress import progress
-from tooln1.model import Transformer, model_files, read_config, save_model
-from tooln1.prompt import build_messages, drop_long
+from tooln1.prompt import build_messages
 from tooln1.rewards import REWARDS
-from tooln1.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, set_aside
-from tooln1.run.faults import keep_batch, memory_in_words, ruined
-from tooln1.run.look_ahead import look_ahead
-from tooln1.run.metrics import Metrics, RunLog
+from tooln1.run.faults import keep_batch, ruined
+from tooln1.run.lifecycle import evaluate_if_due, finish_step, metrics_of_step, open_run
+from tooln1.run.metrics import Metrics
 from tooln1.run.reply_metrics import add_reply_metrics, add_sampler_gap, add_sampler_stats
-from tooln1.run.run_dir import CHECKPOINTS, claimed, find_checkpoint, is_in, refuse_other_contents
-from tooln1.run.signals import StopRequest
+from tooln1.run.run_dir import find_checkpoint
+from tooln1.run.setup import Run, prepare
 from tooln1.sampler.distributed import generate_distributed
-from tooln1.sampler.sampler import Sampler
-from tooln1.settings import Config, resolved
+from tooln1.settings import Config
 from tooln1.sft import demonstrations
-from tooln1.tokenizer import Tokenizer, load_tokenizer
-from tooln1.update import PolicyLoss, SupervisedLoss, optimizer_step, scheduled_rate, with_logprobs
+from tooln1.update import optimizer_step, scheduled_rate, with_logprobs
 
 DEFAULT = Path(__file__).parent / "configs" / "demo.toml"
-
-
-@dataclass
-class Run:
-    """What a run holds from its first step to its last."""
-
-    config: Config
-    world: World
-    tokenizer: Tokenizer
-    policy: Transformer  # fp32 masters, sharded over the ranks
-    reference: Transformer | None  # the frozen initial model; None where the KL has no weight
-    sampler: Sampler  # a whole copy of the policy in the sampling dtype
-    optimizer: torch.optim.Optimizer
-    loss: PolicyLoss | SupervisedLoss
-    examples: list[Example]
-    benches: list[Bench]  # what the policy is evaluated on: held-out examples, eval_bench
-    order: EpochOrder
-    steps: int
-    request: StopRequest  # whether a signal has asked the run to stop
-    turn_to: Callable[[str], None]  # takes what the run does next, for the words when something goes wrong
-    notes: dict  # goes into every checkpoint: settings, and a fingerprint of the data
-    done: int = 0  # steps that are complete
-    saved: int = 0  # of them, those that a checkpoint has
-    intact: bool = True  # the weights are those after the steps done: the next one can still be given up
-    bad_steps: int = 0  # optimizer steps in a row whose loss or gradient was not finite
-    failed_saves: int = 0  # attempts in a row to write a checkpoint
 
 
 # ------------------------------------------------------------------------------------------------ the algorithm
@@ -205,247 +171,20 @@ def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantage
     return [pack(rollouts, share, advantages, run.world.device) for share in shares[run.world.rank]]
 
 
-def evaluate(run: Run) -> dict[str, float]:
-    """Greedy figures, as eval.py has them: "heldout_accuracy" (the binary reward), and eval_bench's totals by name."""
-    asking = Asking(think=run.config.think, max_reply_tokens=run.config.max_reply_tokens)
-    found = figures(run.benches, run.sampler, run.tokenizer, run.world, asking, run.request.asked, run.request.check)
-    if "heldout_overall" in found:
-        found["heldout_accuracy"] = found.pop("heldout_overall")
-    return found
-
-
 # ------------------------------------------------------------------------------------------------ the run
 
 
 def train(config: Config, world: World) -> None:
     """A run from its first step, or from a checkpoint, to the exported model."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    run_dir = Path(config.run_dir)
-    with claimed(run_dir, world), memory_in_words(asdict(config), world.note) as turn_to:
-        checkpoint = find_checkpoint(run_dir, config.resume, world)
-        tokenizer, examples, benches, notes = prepare(config, world, checkpoint)
-        run = build(config, world, tokenizer, examples, benches, notes, turn_to)
-        if checkpoint:
-            resume(run, checkpoint)
-        log = world.together(lambda: open_logs(run), f"{run_dir} cannot be written to")
-        if run.saved < run.done:
-            save(run, log)  # of a checkpoint from elsewhere: from now on this directory has one of its own
-        with run.request:
-            run_steps(run, log)
-        export(run)
-        log.close()
-
-
-def open_logs(run: Run) -> RunLog:
-    """The run's settings and logs in its directory, where it begins, or goes on, to write from now on."""
-    config, world, run_dir = run.config, run.world, Path(run.config.run_dir)
-    if world.main:
-        with atomic_write(run_dir / "config.toml") as file:
-            file.write(to_toml(replace(config, resume="", allow_changes="", check=False)))
-    completed = run.done or None
-    log = RunLog(run_dir, run.steps, completed=completed, tensorboard=config.tensorboard, write=world.main)
-    world.remember(str(run_dir.absolute()))  # a restart by torchrun goes on with it
-    return log
-
-
-def run_steps(run: Run, log: RunLog) -> None:
-    """All steps that are left, each logged when it is complete. A request to stop saves what is done: Stopped."""
-    config, world = run.config, run.world
     one_step = rl_step if config.mode == "rl" else sft_step
-    synchronize = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
-    try:
-        evaluate_if_due(run, log)
+    with open_run(config, world) as run:
+        evaluate_if_due(run)
         for step in range(run.done, run.steps):
             run.request.check()
-            metrics = Metrics(synchronize, enter=lambda phase, step=step: run.turn_to(f"step {step + 1}, {phase}"))
+            metrics = metrics_of_step(run, step)
             with metrics.timer("step"):
                 replies = one_step(run, step, metrics)
-            log.step(step + 1, metrics.reduced(world.reduce))
-            log.rollouts(step + 1, replies, config.log_rollouts)
-            run.done, run.intact = step + 1, True
-            last = run.done == run.steps
-            if last or run.failed_saves or (config.save_every and run.done % config.save_every == 0):
-                save(run, log, may_fail=not last)
-            evaluate_if_due(run, log)
-    except Stopped:  # the weights are those of the last complete step
-        reshard(run.policy)
-        if run.done > run.saved:
-            save(run, log)
-        if world.main:
-            print(f"stopped after step {run.done} of {run.steps}; --resume auto goes on from there")
-        raise
-
-
-def evaluate_if_due(run: Run, log: RunLog) -> None:
-    """Evaluate where that is due after the steps done, and add the figures to the step's row, if it has none yet.
-
-    The step is complete, and saved if that is due, before: a run that is stopped or killed in here goes on with this.
-    One that goes on from another run's checkpoint evaluates what that one may not have, its last step.
-    """
-    config, step, last = run.config, run.done, run.done == run.steps
-    due = (last or (config.eval_every and step % config.eval_every == 0)) if step else config.eval_before_training
-    has_row = log.row.get("step") == step
-    missing = "seconds/eval" not in log.row if has_row else last or not step
-    if run.benches and due and run.world.from_main(missing):
-        metrics = Metrics(enter=lambda phase: run.turn_to(f"step {step}, {phase}"))
-        with metrics.timer("eval"):
-            copy_weights(run.policy, run.sampler.model)
-            metrics.add_means({name: (value, 1) for name, value in evaluate(run).items()})
-        log.step(step, metrics.reduced(run.world.reduce))
-
-
-def save(run: Run, log: RunLog, may_fail: bool = False) -> None:
-    """Write a checkpoint of the steps done. One that `may_fail` is tried again after the next step, a few times."""
-    config, world = run.config, run.world
-    run.turn_to(f"step {run.done}, save")
-    notes = run.notes | {"bad_steps": run.bad_steps, "cache_tokens": world.gather([run.sampler.affordable])}
-    try:
-        world.together(log.flush, "the logs could not be written")
-        save_checkpoint(
-            Path(config.run_dir) / CHECKPOINTS,
-            run.done,
-            run.policy,
-            run.optimizer,
-            world,
-            notes,
-            0 if run.bad_steps else config.keep_checkpoints,
-            config.keep_every,  # the older may be needed again
-        )
-    except UserError as error:
-        run.failed_saves += 1
-        if not may_fail or run.failed_saves >= config.max_failed_saves:
-            raise
-        if world.main:
-            again = f"Trying again after the next step (attempt {run.failed_saves} of {config.max_failed_saves})."
-            print(f"warning: {error} {again}", file=sys.stderr)
-    else:
-        run.failed_saves, run.saved = 0, run.done
-
-
-def resume(run: Run, checkpoint: Checkpoint) -> None:
-    """Fill the run from a checkpoint; later ones in its directory are set aside, because they are written anew."""
-    folder, notes = Path(run.config.run_dir) / CHECKPOINTS, checkpoint.notes
-    load_checkpoint(checkpoint.path, run.policy, run.optimizer, run.world)
-    copy_weights(run.policy, run.sampler.model)
-    run.done, run.bad_steps = checkpoint.step, 0 if run.config.allow_changes else notes.get("bad_steps", 0)
-    run.saved = run.done if is_in(checkpoint.path, Path(run.config.run_dir)) else 0
-    if checkpoint.ranks == run.world.size:  # the same cache, so that the same replies are sampled side by side
-        run.sampler.affordable = notes.get("cache_tokens", {run.world.rank: None})[run.world.rank]
-    aside = run.world.together(lambda: set_aside(folder, run.done) if run.world.main else [], f"{folder}: renaming")
-    if run.world.main:
-        steps = f"with step {run.done + 1}" if run.done < run.steps else f"whose {run.done} steps are all there are"
-        print(f"going on from {checkpoint.path}, {steps}")
-        if aside:
-            print(f"set aside, because this run writes these steps anew: {', '.join(aside)}")
-
-
-def export(run: Run) -> None:
-    """The policy as a Hugging Face directory, run_dir/hf."""
-    run_dir, world = Path(run.config.run_dir), run.world
-    run.turn_to("export")
-    copy_weights(run.policy, run.sampler.model)
-    write = (lambda: save_model(run.sampler.model, run_dir / "hf")) if world.main else (lambda: None)
-    world.together(write, f"the model could not be exported to {run_dir / 'hf'}; --resume auto tries it again")
-    if world.main:
-        print(f"done: the model is in {run_dir / 'hf'}, the curves: python -m tooln1.run.plot {run_dir}")
-
-
-def prepare(
-    config: Config, world: World, checkpoint: Checkpoint | None
-) -> tuple[Tokenizer, Sequence, list[Bench], dict]:
-    """Tokenizer, examples, benches and the notes for checkpoints; UserError where the run cannot work with them."""
-    if checkpoint:
-        say, processes = print if world.main else lambda words: None, (checkpoint.ranks, world.size)
-        refuse_changes(checkpoint.notes.get("config"), config, str(checkpoint.path), processes, say)
-    tokenizer = load_tokenizer(config.model)
-    examples, benches = load_data(config, world, tokenizer)
-    frozen = reference_of(config)
-    files = [model_files(path) for path in (config.model, frozen) if path]
-    notes = {"config": asdict(config), "train_data": fingerprint(examples), "model": [*map(weights.fingerprint, files)]}
-    if checkpoint:
-        places = {"train_data": config.train_data, "model": config.model}
-        refuse_other_contents(checkpoint, notes, places, allowed_changes(config))
-    held_out = [case.example for bench in benches if bench.name == "heldout" for case in bench.chosen]
-    shape, reference = read_config(config.model), read_config(frozen) if frozen else None
-    settings = resolved(config, shape.num_parameters)
-    look_ahead(settings, world, shape, reference, tokenizer, examples, held_out)
-    return tokenizer, examples, benches, notes
-
-
-def build(
-    config: Config,
-    world: World,
-    tokenizer: Tokenizer,
-    examples: Sequence,
-    benches: list[Bench],
-    notes: dict,
-    turn_to: Callable[[str], None],
-) -> Run:
-    """Models, sampler, optimizer, order: a run before its first step."""
-    settings = resolved(config, read_config(config.model).num_parameters)
-    kept_how = ("compile", "activation_checkpointing", "accumulate_whole", "offload_optimizer", "offload_reference")
-    policy, reference, copy = load_models(
-        config.model, reference_of(config), world, tokenizer.vocab_size, **{name: settings[name] for name in kept_how}
-    )
-    sampler = Sampler(copy, tokenizer.stop_ids, config.rollout_rows, config.rollout_cache_tokens)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-        fused=world.device.type == "cuda",
-    )
-    policy_loss = PolicyLoss(
-        config.temperature,
-        config.clip_low,
-        config.clip_high,
-        config.dual_clip,
-        config.kl_coef,
-        config.entropy_coef,
-        config.loss_aggregation,
-        config.logprob_chunk_tokens,
-    )
-    loss = policy_loss if config.mode == "rl" else SupervisedLoss(config.logprob_chunk_tokens)
-    order = EpochOrder(len(examples), config.seed)
-    steps = config.steps or config.epochs * order.steps_per_epoch(config.prompts_per_step)
-    return Run(
-        config,
-        world,
-        tokenizer,
-        policy,
-        reference,
-        sampler,
-        optimizer,
-        loss,
-        examples,
-        benches,
-        order,
-        steps,
-        StopRequest(world),
-        turn_to,
-        notes,
-    )
-
-
-def reference_of(config: Config) -> str:
-    """The frozen model of the KL term, "" where that has no weight."""
-    return (config.reference_model or config.model) if config.mode == "rl" and config.kl_coef else ""
-
-
-def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Sequence, list[Bench]]:
-    """The training examples and what to evaluate on; over-long examples are left out."""
-    fitting = partial(drop_long, tokenizer=tokenizer, max_prompt_tokens=config.max_prompt_tokens, think=config.think)
-    held_out = read_examples(config.eval_data)[: config.eval_rows or None] if config.eval_data else []
-    held_out, unasked = fitting(held_out, where=config.eval_data)
-    kept, dropped = fitting(read_examples(config.train_data), where=config.train_data)
-    if not kept:
-        raise UserError(f"{config.train_data}: all prompts are over max_prompt_tokens ({config.max_prompt_tokens}).")
-    if world.main:
-        print(f"{len(kept)} training examples, {len(held_out)} held out; {dropped} and {unasked} over-long left out")
-    benches = [held_out_bench(config.eval_data, held_out)] if held_out else []
-    return kept, benches + load_benches([config.eval_bench] if config.eval_bench else [])
+            finish_step(run, metrics, replies)
 
 
 def main() -> None:

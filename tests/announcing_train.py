@@ -14,13 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from tooln1 import update
 from tooln1.io.errors import exit_on_user_error
+from tooln1.run import lifecycle, setup
 
 FILE = os.open(os.environ["ANNOUNCE_TO"], os.O_WRONLY | os.O_APPEND)
 PHASE, _, COUNT = os.environ.get("STOP_IN", "").partition(":")
 requests, begun = [], []
 
 
-class Request(train.StopRequest):
+class Request(setup.StopRequest):
     def __init__(self, world):
         super().__init__(world)
         requests.append(self)
@@ -44,16 +45,16 @@ def announced(phase, function):
 
 
 if os.environ.get("RANK", "0") == "0":
-    train.StopRequest = Request
-    for name, phase in {
-        "sample": "rollout",
-        "log_probs": "logprobs",
-        "optimizer_step": "update",
-        "evaluate": "eval",
-        "save_checkpoint": "save",
-        "save_model": "export",
-        "load_models": "load",
-    }.items():
-        setattr(train, name, announced(phase, getattr(train, name)))
+    setup.StopRequest = Request
+    for module, name, phase in (
+        (train, "sample", "rollout"),
+        (train, "log_probs", "logprobs"),
+        (train, "optimizer_step", "update"),
+        (lifecycle, "evaluate", "eval"),
+        (lifecycle, "save_checkpoint", "save"),
+        (lifecycle, "save_model", "export"),
+        (setup, "load_models", "load"),
+    ):
+        setattr(module, name, announced(phase, getattr(module, name)))
     update.batch_logprobs = announced("forward", update.batch_logprobs)
 exit_on_user_error(train.main)

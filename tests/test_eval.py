@@ -29,13 +29,13 @@ from test_evaluation import (
     write_rows,
 )
 
-import train
 from tooln1.benchmarks import examples as examples_benchmark
 from tooln1.benchmarks import runner as evaluation
 from tooln1.benchmarks.runner import load_benches
 from tooln1.data import write_examples
 from tooln1.distributed import World
 from tooln1.model import load_model, save_model
+from tooln1.run import lifecycle, setup
 from tooln1.run.metrics import JsonlLog
 from tooln1.sampler.sampler import Sampler
 from tooln1.settings import Config
@@ -112,8 +112,8 @@ def test_the_score_is_the_one_that_train_prints(model, data, tmp_path, capsys, a
         prompts_per_minibatch=4,
     )
     world = World(0, 1, torch.device("cpu"))
-    run = train.build(config, world, *train.prepare(config, world, None), lambda doing: None)
-    figures = train.evaluate(run)
+    run = setup.build(config, world, *setup.prepare(config, world, None), lambda doing: None)
+    figures = lifecycle.evaluate(run)
     accuracy = figures["heldout_accuracy"]
     assert 0 < accuracy < 1 and figures == {"heldout_accuracy": accuracy, "examples_overall": accuracy}
     save_model(run.sampler.model, tmp_path / "hf")  # as train.py does at the end

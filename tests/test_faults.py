@@ -20,6 +20,7 @@ from test_train import run, settings, weights
 import train
 from tooln1.config import to_toml
 from tooln1.io.errors import Stopped, UserError
+from tooln1.run import lifecycle, setup
 from tooln1.run.metrics import read_jsonl
 from tooln1.run.signals import StopRequest
 from tooln1.settings import Config
@@ -224,6 +225,10 @@ STOPS = [  # function of train.py that is called, for which time, when the signa
 ]
 
 
+def module_of(name):
+    return train if hasattr(train, name) else lifecycle
+
+
 @pytest.fixture(scope="module")
 def not_stopped(place):
     return run(place, "not-stopped", **HOW)
@@ -232,7 +237,7 @@ def not_stopped(place):
 @pytest.mark.parametrize("name,count,done", STOPS)
 def test_a_run_stopped_anywhere_ends_as_one_that_was_not(place, not_stopped, monkeypatch, name, count, done):
     """A step is given up until its first optimizer step; after that it is completed, but not its evaluation."""
-    requests, calls, function, stopped = [], [], getattr(train, name), f"stopped-{name}-{count}"
+    requests, calls, function, stopped = [], [], getattr(module_of(name), name), f"stopped-{name}-{count}"
 
     class Request(StopRequest):
         def __init__(self, world):
@@ -249,8 +254,8 @@ def test_a_run_stopped_anywhere_ends_as_one_that_was_not(place, not_stopped, mon
         return function(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped) as stop:
-        patch.setattr(train, "StopRequest", Request)
-        patch.setattr(train, name, asked)
+        patch.setattr(setup, "StopRequest", Request)
+        patch.setattr(module_of(name), name, asked)
         run(place, stopped, **HOW)
     assert stop.value.number == signal.SIGTERM and len(calls) == count
     assert (place / stopped / "checkpoints/latest").read_text() == f"step-{done:06d}\n"
@@ -261,7 +266,7 @@ def test_a_run_stopped_anywhere_ends_as_one_that_was_not(place, not_stopped, mon
 
 
 def test_a_run_that_dies_in_an_evaluation_has_saved_the_step(place, not_stopped, monkeypatch):
-    how, evaluate, calls = HOW | dict(save_every=1, keep_checkpoints=3), train.evaluate, []
+    how, evaluate, calls = HOW | dict(save_every=1, keep_checkpoints=3), lifecycle.evaluate, []
 
     def dies(given):
         calls.append(given.done)
@@ -270,7 +275,7 @@ def test_a_run_that_dies_in_an_evaluation_has_saved_the_step(place, not_stopped,
         return evaluate(given)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="dies"):
-        patch.setattr(train, "evaluate", dies)
+        patch.setattr(lifecycle, "evaluate", dies)
         run(place, "dies", **how)
     assert calls == [0, 2] and (place / "dies/checkpoints/latest").read_text() == "step-000002\n"
     run(place, "dies", resume="auto", **how)
@@ -430,11 +435,11 @@ def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(place, caps
     before = measured(whole / "metrics.jsonl")
     oldest = whole / "checkpoints/step-000001"
     with pytest.raises(ZeroDivisionError):
-        train.save, save = lambda *args, **how: 1 / 0, train.save
+        lifecycle.save, save = lambda *args, **how: 1 / 0, lifecycle.save
         try:
             run(place, "rewound", steps=4, resume=str(oldest))
         finally:
-            train.save = save
+            lifecycle.save = save
     assert "step-000002.set-aside" in capsys.readouterr().out
     run(place, "rewound", steps=4, save_every=1, keep_checkpoints=9, resume="auto")  # not from the abandoned step 4
     assert measured(whole / "metrics.jsonl") == before

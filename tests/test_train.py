@@ -12,6 +12,7 @@ import train
 from tooln1.config import load_config, to_toml
 from tooln1.data import read_examples
 from tooln1.distributed import launch
+from tooln1.io.errors import UserError
 from tooln1.model import load_model
 from tooln1.run.metrics import read_jsonl
 from tooln1.settings import Config
@@ -132,7 +133,7 @@ def test_the_run_directory_is_complete(finished, place):
 def test_a_resumed_run_ends_where_the_whole_one_does(finished, place, capsys):
     run(place, "resumed", steps=2, eval_before_training=True, resume="auto")
     assert "no checkpoint in" in capsys.readouterr().out
-    with pytest.raises(train.UserError, match="there is no such checkpoint; .* has step-000002"):
+    with pytest.raises(UserError, match="there is no such checkpoint; .* has step-000002"):
         run(place, "resumed", steps=3, resume=str(place / "resumed/checkpoints/step-000009"))
     run(place, "resumed", steps=3, eval_before_training=True, resume="auto")
     assert "step-000002, with step 3" in capsys.readouterr().out
@@ -142,12 +143,12 @@ def test_a_resumed_run_ends_where_the_whole_one_does(finished, place, capsys):
 
 
 def test_a_run_directory_is_not_written_over(finished, place):
-    with pytest.raises(train.UserError, match="already holds a run: go on with --resume"):
+    with pytest.raises(UserError, match="already holds a run: go on with --resume"):
         run(place, "finished")
 
 
 def test_a_resumed_run_must_see_the_data_in_the_same_order(finished, place):
-    with pytest.raises(train.UserError, match=r"other settings: seed 0 \(now 1\).*--allow-changes seed"):
+    with pytest.raises(UserError, match=r"other settings: seed 0 \(now 1\).*--allow-changes seed"):
         run(place, "finished", resume="auto", seed=1)
 
 
@@ -220,5 +221,5 @@ def test_written_replies_are_imitated(tmp_path):
     (tmp_path / "sft.jsonl").write_text(json.dumps({**row, "reply": "<think>so</think>"}) + "\n")
     assert target_text(read_examples(tmp_path / "sft.jsonl")[0]) == "<think>so</think>"
     (tmp_path / "bad.jsonl").write_text(json.dumps({**row, "reply": 5}) + "\n")
-    with pytest.raises(train.UserError, match="bad.jsonl, line 1"):
+    with pytest.raises(UserError, match="bad.jsonl, line 1"):
         read_examples(tmp_path / "bad.jsonl")
