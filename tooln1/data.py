@@ -96,7 +96,7 @@ def _check_example(row: dict, where: str, seen: set[str]) -> dict:
         raise UserError(f"{where}: unknown key {shown(unknown[0])}; an example has {', '.join(sorted(known))}")
     for key in ("id", "source", "system"):
         field(row, key, str, where)
-    if "reply" in row:
+    if row.get("reply") is not None:
         field(row, "reply", str, where)
     for number, tool in enumerate(field(row, "tools", list, where)):
         if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
