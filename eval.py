@@ -30,13 +30,13 @@ from tooln1.benchmarks.runner import (
     MAKE_THE_SCORE_WRONG,
     MOST_SAMPLES,
     WORDINGS,
-    Asking,
     Bench,
+    GenerationConfig,
     Key,
     Prediction,
     Predictions,
-    answer,
     failures,
+    generate_predictions,
     load_benches,
     match_predictions,
     problems,
@@ -70,20 +70,20 @@ def evaluate(options: argparse.Namespace, world: World) -> int:
     if options.base_model:
         runs[out / "base"] = ("base", options.base_model)
     for _, source in [] if options.predictions else runs.values():
-        check_model(source, benches, asking_of(options))  # all of them, before the first one is asked
+        check_model(source, benches, generation_config(options))  # all of them, before the first one is asked
     results, wrong = {}, False
     for folder, (role, source) in runs.items():
         if options.predictions:
             predictions, settings = from_file(options, benches, folder)
         else:
             predictions, settings = generate(options, world, benches, source, folder)
-        if world.main:
+        if world.is_main:
             result = write_results(benches, predictions, settings, folder)
             results[f"{role}: {'/'.join(Path(source).parts[-2:])}"] = result
             wrong |= any(result["problems"][kind] for kind in MAKE_THE_SCORE_WRONG)
             if role == "ours" and options.export_bfcl:
                 export_bfcl(benches, predictions, options.export_bfcl)
-    if world.main:
+    if world.is_main:
         print_results(benches, results)
         for folder, result in zip(runs, results.values(), strict=True):
             print(f"written: {folder / 'results.json'}, {folder / 'failures.jsonl'}")
@@ -92,19 +92,19 @@ def evaluate(options: argparse.Namespace, world: World) -> int:
     return int(wrong)
 
 
-def check_model(source: str, benches: Sequence[Bench], asking: Asking) -> None:
+def check_model(source: str, benches: Sequence[Bench], generation: GenerationConfig) -> None:
     """Raise UserError where config.json, the tokenizer or its template are not fit to ask a model with."""
     config, tokenizer = read_config(source), load_tokenizer(source)
     for finding in stop_ids(tokenizer, config.vocab_size):
         if finding.level == "error":
             raise UserError(f"{source}: {finding.text}")
     for bench in benches:
-        tokenizer.render(asking.messages(bench.chosen[0]), add_generation_prompt=True)
+        tokenizer.render(generation.messages(bench.chosen[0]), add_generation_prompt=True)
 
 
-def asking_of(options: argparse.Namespace) -> Asking:
+def generation_config(options: argparse.Namespace) -> GenerationConfig:
     """How the options want models to be asked."""
-    return Asking(**{name: getattr(options, name) for name in Asking.__dataclass_fields__})
+    return GenerationConfig(**{name: getattr(options, name) for name in GenerationConfig.__dataclass_fields__})
 
 
 def from_file(options: argparse.Namespace, benches: Sequence[Bench], out: Path) -> tuple[Predictions, dict]:
@@ -181,7 +181,7 @@ def generate(
     if world.device.type == "cuda":  # what is left of a model before
         gc.collect()
         torch.cuda.empty_cache()
-    asking = asking_of(options)
+    generation = generation_config(options)
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32  # as train.py samples
     tokenizer = load_tokenizer(source)
     model = load_model(source, dtype, world.device, tokenizer.vocab_size)
@@ -191,21 +191,23 @@ def generate(
         "model_fingerprint": model_fingerprint(model),
         "context": model.config.raw.get("max_position_embeddings"),
         "dtype": str(dtype).removeprefix("torch."),
-        **asdict(asking),
-        **{f"prompts_of_{bench.name}": prompts_fingerprint(bench, asking) for bench in benches},
+        **asdict(generation),
+        **{f"prompts_of_{bench.name}": prompts_fingerprint(bench, generation) for bench in benches},
     }
     predictions = resume(out, settings, benches, world)
-    log = JsonlLog(out / (PREDICTIONS if world.main else PARTS.replace("*", str(world.rank))))
+    log = JsonlLog(out / (PREDICTIONS if world.is_main else PARTS.replace("*", str(world.rank))))
 
     def keep(key: Key, prediction: Prediction) -> None:
         log.append(dict(zip(("bench", "id", "sample"), key, strict=True)) | asdict(prediction))
 
     sampler = Sampler(model, tokenizer.stop_ids, options.rows or (512 if world.device.type == "cuda" else 64))
     for bench in benches:
-        predictions.found.update(answer(bench, sampler, tokenizer, world, asking, predictions.found, keep))
+        predictions.found.update(
+            generate_predictions(bench, sampler, tokenizer, world, generation, predictions.found, keep)
+        )
     log.close()
-    world.wait()
-    if world.main:
+    world.barrier()
+    if world.is_main:
         gather_parts(out)
     return predictions, settings
 
@@ -213,18 +215,18 @@ def generate(
 def resume(out: Path, settings: dict, benches: Sequence[Bench], world: World) -> Predictions:
     """The predictions in `out`, which must have been made with the same settings; afterwards ranks may write there."""
     check_same_settings(out, settings)
-    world.wait()  # nobody writes while another still looks
+    world.barrier()  # nobody writes while another still looks
     file = out / PREDICTIONS
-    if world.main:
+    if world.is_main:
         with atomic_write(out / "settings.json") as settings_file:
             settings_file.write(json.dumps(settings, indent=2) + "\n")
         gather_parts(out)
-    world.wait()
+    world.barrier()
     if not (out / "settings.json").exists():
         raise UserError(f"{out}: not seen by rank {world.rank}; --out must be on storage that all nodes share.")
     rows = enumerate(read_jsonl(file) if file.exists() else [], start=1)
     predictions = match_predictions(((f"{file}, line {number}", row) for number, row in rows), benches)
-    world.wait()  # all ranks have come to the same plan
+    world.barrier()  # all ranks have come to the same plan
     return predictions
 
 
@@ -264,9 +266,9 @@ def check_same_settings(out: Path, settings: dict) -> None:
         raise UserError(f"{out} holds predictions made with other settings: {'; '.join(changed)}. {way_out}")
 
 
-def prompts_fingerprint(bench: Bench, asking: Asking) -> str:
+def prompts_fingerprint(bench: Bench, generation: GenerationConfig) -> str:
     """A hash of the ids of all cases and of what the model is asked in each."""
-    return _hash(json.dumps([(case.id, asking.messages(case)) for case in bench.cases]).encode())
+    return _hash(json.dumps([(case.id, generation.messages(case)) for case in bench.cases]).encode())
 
 
 def model_fingerprint(model: Transformer) -> str:
@@ -303,7 +305,7 @@ def _between(kind: type, least: float, most: float = 10**9):
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
-    asking, count = Asking(), _between(int, 1)
+    generation, count = GenerationConfig(), _between(int, 1)
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument(
@@ -335,28 +337,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         made.add_argument(
             "--prompt",
             choices=tuple(WORDINGS),
-            default=asking.prompt,
+            default=generation.prompt,
             help="wording: that of training (default), or of the released BFCL handler",
         ),
         made.add_argument(
             "--max-reply-tokens",
             type=count,
-            default=asking.max_reply_tokens,
+            default=generation.max_reply_tokens,
             metavar="N",
             help="a longer reply is cut off there (%(default)s)",
         ),
         made.add_argument(
-            "--temperature", type=_between(float, 0), default=asking.temperature, help="0: greedy (default)"
+            "--temperature", type=_between(float, 0), default=generation.temperature, help="0: greedy (default)"
         ),
         made.add_argument(
             "--samples",
             type=_between(int, 1, MOST_SAMPLES),
-            default=asking.samples,
+            default=generation.samples,
             metavar="N",
             help="replies to each case, for mean and spread; needs a temperature (%(default)s)",
         ),
         made.add_argument(
-            "--seed", type=_between(int, 0, 2**63 - 1), default=asking.seed, help="of the sampling (%(default)s)"
+            "--seed", type=_between(int, 0, 2**63 - 1), default=generation.seed, help="of the sampling (%(default)s)"
         ),
         made.add_argument(
             "--rows", type=count, metavar="N", help="most replies in flight in each process (on CUDA 512, else 64)"

@@ -93,7 +93,7 @@ def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> lis
     """A group of replies to each example, sampled on all ranks and known to all of them afterwards."""
     config = run.config
     prompts = [run.tokenizer.prompt_ids(build_messages(example, config.think)) for example in examples]
-    with progress(len(prompts) * config.group_size, "sampling", "replies", run.world.main) as bar:
+    with progress(len(prompts) * config.group_size, "sampling", "replies", run.world.is_main) as bar:
         return generate_distributed(
             run.sampler,
             run.world,
@@ -143,7 +143,7 @@ def update(
     check = run.request.check if run.intact else lambda: None
     rate = scheduled_rate(step, run.steps, config.learning_rate, config.lr_schedule, config.warmup_ratio)
     result = optimizer_step(
-        run.policy, run.optimizer, batches, run.loss, total, config.max_grad_norm, rate, run.world.reduce, check
+        run.policy, run.optimizer, batches, run.loss, total, config.max_grad_norm, rate, run.world.all_reduce, check
     )
     run.intact = False
     run.bad_steps = 0 if result.applied else run.bad_steps + 1

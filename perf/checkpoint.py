@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     with launch("auto") as world:
-        folder = Path(world.from_main(tempfile.mkdtemp(dir=options.folder)))
+        folder = Path(world.broadcast(tempfile.mkdtemp(dir=options.folder)))
         model = random_model(parse_config(SHAPE), 0, device=world.device)
         count = sum(parameter.numel() for parameter in model.parameters())
         policy = shard(model, world)
@@ -82,10 +82,10 @@ def main() -> None:
         times: dict[str, list[float]] = {"plain write": [], "save": [], "verify": [], "load": []}
         before = peak()
         for step in range(options.rounds):
-            world.wait()
-            if world.main:
+            world.barrier()
+            if world.is_main:
                 times["plain write"].append(seconds(lambda: plain_write(folder / "plain", size)))
-            world.wait()
+            world.barrier()
             save = seconds(lambda step=step: save_checkpoint(folder, step, policy, optimizer, world, {}, keep=1))
             if step == 0:
                 grown = peak() - before
@@ -93,7 +93,7 @@ def main() -> None:
             times["verify"].append(seconds(lambda: choose(folder, world)))
             newest = choose(folder, world)[0]
             times["load"].append(seconds(lambda newest=newest: load_checkpoint(newest, policy, optimizer, world)))
-        if world.main:
+        if world.is_main:
             shutil.rmtree(folder)
             medians = {name: statistics.median(values) for name, values in times.items()}
             print(f"{count / 1e6:.0f}M parameters, {size / 1e9:.2f} GB, {world.size} process(es), {world.device.type}")

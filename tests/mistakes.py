@@ -266,7 +266,7 @@ RUN = [
     ("other shape", f"{FINISHED} --model other --allow-changes", "step-000002: cannot be resumed from"),
     ("broken log", FINISHED, "finished/metrics.jsonl, line 1 is not JSON", {"finished/metrics.jsonl": "{\n"}),
     ("warning, checked", "--check --tokens-per-microbatch 9", "1 of 7 findings, | to be mended: lengths"),
-    ("leak, checked", "--check --eval-data data.jsonl", "to be mended: leaks"),
+    ("leak, checked", "--check --eval-data data.jsonl", "to be mended: train_eval_overlap"),
     ("full disk", "", "disk: | 1.0 KiB are free: not even for one checkpoint | make room", full_disk),
     ("little memory", "", "memory: | this cannot work; ways out:", little_memory),
     ("no GPU", "--device cuda", "torch finds no GPU; use --device cpu", no_gpu),

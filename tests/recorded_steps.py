@@ -16,7 +16,7 @@ import torch
 
 from tooln1.batch import pack, plan
 from tooln1.data import Rollout
-from tooln1.distributed import copy_weights, launch, shard, whole
+from tooln1.distributed import copy_weights, full_tensor, launch, shard
 from tooln1.model import load_model
 from tooln1.run.checkpoint import load_checkpoint, save_checkpoint
 from tooln1.sampler.distributed import generate_distributed
@@ -75,10 +75,12 @@ def main() -> None:
             loss = PolicyLoss(kl_coef=0.1, entropy_coef=0.01)
             result = optimizer_step(policy, optimizer, batches, loss, total, 1.0, 1e-4)
             if step == 0:
-                record["gradient"] = [value for p in policy.parameters() for value in whole(p.grad).flatten().tolist()]
-            record["loss"].append(world.reduce([result.loss], "sum")[0])
+                record["gradient"] = [
+                    value for p in policy.parameters() for value in full_tensor(p.grad).flatten().tolist()
+                ]
+            record["loss"].append(world.all_reduce([result.loss], "sum")[0])
             record["grad_norm"].append(result.grad_norm)
-            clipped, count = world.reduce(result.sums["clip_fraction"], "sum")
+            clipped, count = world.all_reduce(result.sums["clip_fraction"], "sum")
             record["clipped"].append(clipped / count)
         assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
         copy_weights(policy, target)
@@ -102,8 +104,8 @@ def main() -> None:
             copy_weights(policy, target)
             record["weights"] = [p.flatten().tolist() for p in target.parameters()]
         if action in ("save", "load"):
-            record["moments"] = [whole(s["exp_avg_sq"]).flatten().tolist() for s in optimizer.state.values()]
-        if world.main:
+            record["moments"] = [full_tensor(s["exp_avg_sq"]).flatten().tolist() for s in optimizer.state.values()]
+        if world.is_main:
             with open(out, "w") as file:
                 json.dump(record, file)
 

@@ -221,7 +221,7 @@ def test_the_bar_shows_the_accuracy_so_far(model, data, whole, tmp_path, monkeyp
 def test_prompts_beyond_the_context_are_a_fault_of_their_own(model, data, tmp_path, asked, monkeypatch, capsys):
     tokenizer, lengths = load_tokenizer(model), {}
     for case in load_benches([f"examples={data}"])[0].cases:
-        text = tokenizer.render(evaluation.Asking().messages(case), add_generation_prompt=True)
+        text = tokenizer.render(evaluation.GenerationConfig().messages(case), add_generation_prompt=True)
         lengths[case.id] = len(tokenizer.encode(text))
     context = sorted(lengths.values())[12]
     short = tmp_path / "short"

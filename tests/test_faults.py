@@ -562,10 +562,10 @@ def test_memory_of_the_host_that_really_runs_out(place):
     """An address space with room for the program, not for the logits of 2^20 positions."""
     code = (
         "import resource, sys, torch\n"
-        "from tooln1.faults import memory_in_words\n"
+        "from tooln1.faults import explain_oom\n"
         "from tooln1.errors import exit_on_user_error\n"
         "def main():\n"
-        "    with memory_in_words(dict.fromkeys(('rollout_rows', 'rollout_cache_tokens', 'max_reply_tokens'), 7),\n"
+        "    with explain_oom(dict.fromkeys(('rollout_rows', 'rollout_cache_tokens', 'max_reply_tokens'), 7),\n"
         "                         print) as turn_to:\n"
         "        turn_to('step 3, rollout')\n"
         "        used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"

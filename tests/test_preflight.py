@@ -20,7 +20,6 @@ from tooln1.run.memory import estimate
 from tooln1.run.preflight import (
     Finding,
     disk,
-    leaks,
     lengths,
     longest_prompt,
     memory,
@@ -28,6 +27,7 @@ from tooln1.run.preflight import (
     sample,
     schedule,
     template,
+    train_eval_overlap,
 )
 from tooln1.tokenizer import load_tokenizer
 
@@ -78,40 +78,57 @@ def dialogue(name, *questions, source="talk"):
     return replace(tiny.examples(1)[0], id=name, messages=turns, source=source)
 
 
-# ------------------------------------------------------------------------------------------------ leaks
+# ------------------------------------------------------------------------------------------------ train_eval_overlap
 
 
 def test_sides_without_a_common_row_or_query_are_clean():
     train, held_out = tiny.examples(12)[:8], tiny.examples(12)[8:]
-    only(leaks(train, held_out), "ok", "none of 4 held-out", "with 8")
-    only(leaks(train, []), "ok", "no held-out examples")
+    only(train_eval_overlap(train, held_out), "ok", "none of 4 held-out", "with 8")
+    only(train_eval_overlap(train, []), "ok", "no held-out examples")
 
 
 def test_a_common_source_row_is_a_leak():
     train = [dialogue("toolace-1-3", "one"), dialogue("toolace-12-3", "two")]
     held_out = [dialogue("toolace-1-5", "three"), dialogue("toolace-2-3", "four"), dialogue("toolace-1-7", "five")]
-    only(leaks(train, held_out), "warning", "2 of 3", "source row", "toolace-1-5, as toolace-1-3")
-    only(leaks(train, [dialogue("xlam-9", "one more"), dialogue("toolace-12-3-irrelevant", "x")]), "warning", "1 of 2")
+    only(train_eval_overlap(train, held_out), "warning", "2 of 3", "source row", "toolace-1-5, as toolace-1-3")
+    only(
+        train_eval_overlap(train, [dialogue("xlam-9", "one more"), dialogue("toolace-12-3-irrelevant", "x")]),
+        "warning",
+        "1 of 2",
+    )
 
 
 def test_the_same_query_and_tools_are_a_leak_in_any_order_of_the_tools():
     tools = [{"name": "f"}, {"name": "g"}]
     train = [replace(dialogue("a", "one"), tools=tools), dialogue("b", "two")]
     held_out = [replace(dialogue("c", "one", "more"), tools=tools[::-1]), dialogue("d", "one"), dialogue("e", "six")]
-    only(leaks(train, held_out), "warning", "1 of 3", "query and the tools", "the first: c, as a in training")
-    assert levels(leaks(train, [*held_out, dialogue("b", "seven")])) == ["warning", "warning"]
+    only(
+        train_eval_overlap(train, held_out),
+        "warning",
+        "1 of 3",
+        "query and the tools",
+        "the first: c, as a in training",
+    )
+    assert levels(train_eval_overlap(train, [*held_out, dialogue("b", "seven")])) == ["warning", "warning"]
 
 
 def test_the_training_file_itself_gives_training_accuracy():
     examples = tiny.examples(6)
-    only(leaks(examples, examples[:4]), "warning", "all 4 held-out examples", "training accuracy")
+    only(train_eval_overlap(examples, examples[:4]), "warning", "all 4 held-out examples", "training accuracy")
     others = [replace(example, id=f"other-{example.id}") for example in examples]
-    only(leaks(examples, others), "warning", "6 of 6", "query and the tools")  # copies, but not the file itself
+    only(
+        train_eval_overlap(examples, others), "warning", "6 of 6", "query and the tools"
+    )  # copies, but not the file itself
 
 
 def test_the_demo_has_no_leak():
     data = Path(__file__).resolve().parents[1] / "assets" / "demo"
-    only(leaks(read_examples(data / "train.jsonl"), read_examples(data / "heldout.jsonl")), "ok", "500", "1280")
+    only(
+        train_eval_overlap(read_examples(data / "train.jsonl"), read_examples(data / "heldout.jsonl")),
+        "ok",
+        "500",
+        "1280",
+    )
 
 
 # ------------------------------------------------------------------------------------------------ template

@@ -52,7 +52,7 @@ class World:
     job: dist.Store | None = None  # torchrun's own store, which outlives its restarts; None without one
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """The one rank that prints and writes."""
         return self.rank == 0
 
@@ -69,7 +69,7 @@ class World:
         dist.all_gather_object(everyone, things)
         return [thing for one in everyone for thing in one]
 
-    def reduce(self, values: Sequence[float], op: str) -> list[float]:
+    def all_reduce(self, values: Sequence[float], op: str) -> list[float]:
         """Elementwise "sum", "min" or "max" of a list of numbers over ranks."""
         if self.size == 1 or not len(values):
             return list(values)
@@ -77,16 +77,16 @@ class World:
         dist.all_reduce(vector, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[op])
         return vector.tolist()
 
-    def from_main(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Rank 0's `value` on every rank."""
         return _from_rank_0(value) if self.size > 1 else value
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every rank is here."""
         if self.size > 1:
             dist.barrier()
 
-    def together(self, work: Callable[[], T], what: str) -> T:
+    def run_on_all_ranks(self, work: Callable[[], T], what: str) -> T:
         """Do `work` on this rank. Where a UserError or the disk stops it on any rank, all raise the same UserError.
 
         The disk's failures become "`what`: why".
@@ -104,12 +104,12 @@ class World:
 
     def remember(self, what: str) -> None:
         """Note, for the next start of this job if torchrun restarts it, that `what` is so."""
-        if self.job and self.main:
+        if self.job and self.is_main:
             self.job.set(f"tooln1/{what}", "so")
 
     def remembers(self, what: str) -> bool:
         """Whether an earlier start of this job noted `what`."""
-        return self.from_main(bool(self.main and self.job and self.job.check([f"tooln1/{what}"])))
+        return self.broadcast(bool(self.is_main and self.job and self.job.check([f"tooln1/{what}"])))
 
     def note(self, doing: str) -> None:
         """Say what this process turns to, for the words of others when something goes wrong."""
@@ -326,7 +326,7 @@ def next_microbatch(model: nn.Module, last: bool) -> None:
         model.set_reshard_after_backward(last)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of a shard (a collective: every rank must ask), or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -42,7 +42,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, eps: float = 1e-6, scale_b
     """
     if rewards.shape != groups.shape or rewards.dim() != 1:
         raise ValueError(f"rewards {tuple(rewards.shape)} and groups {tuple(groups.shape)} must both be [N]")
-    wide = rewards.to(_wide(rewards.dtype))
+    wide = rewards.to(at_least_fp32(rewards.dtype))
     dtype = rewards.dtype if rewards.is_floating_point() else wide.dtype
     _, index = torch.unique(groups, return_inverse=True)
     size = torch.bincount(index)[index].to(wide)  # [N] members of each reply's group
@@ -50,18 +50,18 @@ def group_advantages(rewards: Tensor, groups: Tensor, eps: float = 1e-6, scale_b
     centred = wide - mean
     equal = _group_max(wide, index) == -_group_max(-wide, index)
     centred = torch.where(equal, torch.zeros_like(centred), centred)
-    alone = size == 1
-    centred = torch.where(alone, wide, centred)
+    is_singleton = size == 1
+    centred = torch.where(is_singleton, wide, centred)
     if not scale_by_std:
         return centred.to(dtype)
     std = (_group_sum(centred.square(), index) / (size - 1).clamp(min=1)).sqrt()
-    return (centred / (torch.where(alone, torch.ones_like(std), std) + eps)).to(dtype)
+    return (centred / (torch.where(is_singleton, torch.ones_like(std), std) + eps)).to(dtype)
 
 
 def zero_variance_groups(rewards: Tensor, groups: Tensor) -> Tensor:
     """Share of groups of two or more whose rewards are all equal (they carry no policy gradient), in [0, 1]."""
     _, index = torch.unique(groups, return_inverse=True)
-    rewards = rewards.to(_wide(rewards.dtype))
+    rewards = rewards.to(at_least_fp32(rewards.dtype))
     size = torch.bincount(index)[index]
     equal = (_group_max(rewards, index) == -_group_max(-rewards, index)) & (size > 1)
     return (equal / size).sum() / (index.max() + 1)
@@ -89,7 +89,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, targets, temperature, chunk, with_entropy, vocabulary):
-        logprobs = torch.empty(len(targets), dtype=_wide(hidden.dtype), device=hidden.device)
+        logprobs = torch.empty(len(targets), dtype=at_least_fp32(hidden.dtype), device=hidden.device)
         entropy = torch.empty_like(logprobs) if with_entropy else None
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)
@@ -106,7 +106,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, grad_entropy):
         hidden, head, targets, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros(head.shape, dtype=_wide(head.dtype), device=head.device)
+        grad_head = torch.zeros(head.shape, dtype=at_least_fp32(head.dtype), device=head.device)
         for start in range(0, len(targets), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             logp = _tempered_log_softmax(hidden[rows], head, ctx.temperature, ctx.vocabulary)
@@ -122,12 +122,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return grad_hidden, grad_head.to(head.dtype), None, None, None, None, None
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
 def _tempered_log_softmax(hidden: Tensor, head: Tensor, temperature: float, vocabulary: int | None) -> Tensor:
-    logits = F.linear(hidden, head).to(_wide(hidden.dtype)) / temperature
+    logits = F.linear(hidden, head).to(at_least_fp32(hidden.dtype)) / temperature
     return F.log_softmax(only_known(logits, vocabulary), dim=-1)
 
 

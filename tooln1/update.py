@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tooln1.attention import packed_attention
 from tooln1.batch import PackedBatch, as_rows
-from tooln1.distributed import Reduce, local_reduce, next_microbatch, reshard, whole
+from tooln1.distributed import Reduce, full_tensor, local_reduce, next_microbatch, reshard
 from tooln1.grpo import aggregate, clipped_policy_loss, clipped_tokens, k3_kl, token_logprobs
 from tooln1.model import Transformer
 
@@ -160,7 +160,7 @@ def optimizer_step(
             before = sums.get(name, (0.0, 0.0))
             sums[name] = (before[0] + value, before[1] + count)
     parameters = [parameter for parameter in policy.parameters() if parameter.grad is not None]
-    norm = whole(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
+    norm = full_tensor(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
     (loss_sum,) = reduce([loss_sum], "sum")
     applied = math.isfinite(loss_sum) and math.isfinite(norm.item())  # both are global: every rank decides alike
     if applied:

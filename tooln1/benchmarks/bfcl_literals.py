@@ -161,7 +161,7 @@ _SPACE, _COLONS = re.compile(r"\s*"), re.compile(":*")
 
 
 class _Lines:
-    """Where the lines of a text end; asking again within a line costs nothing."""
+    """Where the lines of a text end; generation again within a line costs nothing."""
 
     def __init__(self, text: str):
         self.text, self.start, self.end = text, 0, -1

@@ -61,7 +61,7 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Asking:
+class GenerationConfig:
     """How a model is asked."""
 
     prompt: str = "train"  # a key of WORDINGS
@@ -180,15 +180,15 @@ def match_predictions(rows: Iterable[tuple[str, dict]], benches: Sequence[Bench]
     return Predictions(found, conflicting, repeated, unknown)
 
 
-# ----------------------------------------------------------------------------------------------------- asking
+# ----------------------------------------------------------------------------------------------------- generation
 
 
-def answer(
+def generate_predictions(
     bench: Bench,
     sampler: Sampler,
     tokenizer: Tokenizer,
     world: World,
-    asking: Asking,
+    generation: GenerationConfig,
     found: Mapping[Key, Prediction] | None = None,
     on_reply: Callable[[Key, Prediction], None] = lambda key, prediction: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -200,10 +200,10 @@ def answer(
     `on_reply` is told of each new prediction of this rank as soon as it is there. The bar shows this rank's accuracy.
     `should_stop` and `check` as in `generate_distributed`.
     """
-    wanted = {(bench.name, case.id, sample): case for case in bench.chosen for sample in range(asking.samples)}
+    wanted = {(bench.name, case.id, sample): case for case in bench.chosen for sample in range(generation.samples)}
     found = {key: prediction for key, prediction in (found or {}).items() if key in wanted}
     missing = {case.id: case for key, case in wanted.items() if key not in found}
-    prompts = {name: tokenizer.prompt_ids(asking.messages(case)) for name, case in missing.items()}
+    prompts = {name: tokenizer.prompt_ids(generation.messages(case)) for name, case in missing.items()}
     context = context_tokens(sampler.model)
     asked = [name for name, prompt in prompts.items() if len(prompt) < context]
     too_long = {key: NOT_ASKED for key in wanted if len(prompts.get(key[1], ())) >= context}
@@ -211,7 +211,7 @@ def answer(
     oks: list[bool] = []
 
     def count(key: Key, prediction: Prediction, replies: int = 1) -> None:
-        oks.append(verdict(bench, wanted[key], prediction, asking.think).ok)
+        oks.append(verdict(bench, wanted[key], prediction, generation.think).ok)
         bar.set_postfix_str(f"accuracy {sum(oks) / len(oks):.3f}", refresh=False)
         bar.update(replies)
 
@@ -224,8 +224,8 @@ def answer(
         key = (bench.name, asked[rollout.group], rollout.sample)
         return key, Prediction(tokenizer.decode(rollout.reply), rollout.finished)
 
-    with progress(len(wanted), bench.name, "replies", world.main) as bar:
-        if world.main:
+    with progress(len(wanted), bench.name, "replies", world.is_main) as bar:
+        if world.is_main:
             for item in found.items():
                 count(*item)
             for item in too_long.items():
@@ -236,10 +236,10 @@ def answer(
                 world,
                 [prompts[name] for name in asked],
                 keys=[place[name] for name in asked],
-                group_size=asking.samples,
-                temperature=asking.temperature,
-                seed=asking.seed,
-                max_new_tokens=[min(asking.max_reply_tokens, context - len(prompts[name])) for name in asked],
+                group_size=generation.samples,
+                temperature=generation.temperature,
+                seed=generation.seed,
+                max_new_tokens=[min(generation.max_reply_tokens, context - len(prompts[name])) for name in asked],
                 on_finished=lambda rollout: made(*named(rollout), replies=world.size),
                 should_stop=should_stop,
                 check=check,
@@ -328,7 +328,7 @@ def figures(
     sampler: Sampler,
     tokenizer: Tokenizer,
     world: World,
-    asking: Asking,
+    generation: GenerationConfig,
     should_stop: Callable[[], bool],
     check: Callable[[], None],
 ) -> dict[str, float]:
@@ -336,7 +336,9 @@ def figures(
     found = {}
     for bench in benches:
         found |= metrics_of(
-            bench, answer(bench, sampler, tokenizer, world, asking, should_stop=should_stop, check=check), asking.think
+            bench,
+            generate_predictions(bench, sampler, tokenizer, world, generation, should_stop=should_stop, check=check),
+            generation.think,
         )
     return found
 

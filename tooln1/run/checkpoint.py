@@ -100,11 +100,11 @@ def save_checkpoint(
             _retire(directory, step, keep, keep_every)
 
     try:
-        world.together(begin if world.main else lambda: None, what)
-        files = world.gather([world.together(write, what)])
-        world.together(complete if world.main else lambda: None, what)
+        world.run_on_all_ranks(begin if world.is_main else lambda: None, what)
+        files = world.gather([world.run_on_all_ranks(write, what)])
+        world.run_on_all_ranks(complete if world.is_main else lambda: None, what)
     except UserError as error:
-        if world.main:
+        if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         there = complete_checkpoints(directory)
         good = f"The last good one is {there[-1].name}" if there else "There is none before it"
@@ -184,7 +184,7 @@ def choose(directory: Path, world: World) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint in `directory`, and for each newer one its name and why it is passed over."""
     skipped = []
     # as rank 0 sees them: a network's disk may show others something else
-    for name in world.from_main([path.name for path in reversed(complete_checkpoints(directory))]):
+    for name in world.broadcast([path.name for path in reversed(complete_checkpoints(directory))]):
         if not (faults := faults_of(directory / name, world)):
             return directory / name, skipped
         skipped.append(f"{name} ({faults[0]})")

@@ -52,7 +52,7 @@ def keep_batch(
         for old in sorted(folder.glob("*.jsonl"))[:-newest]:
             old.unlink()
 
-    world.together(write if world.main else lambda: None, f"{file} could not be written")
+    world.run_on_all_ranks(write if world.is_main else lambda: None, f"{file} could not be written")
 
 
 def ruined(count: int, step: int, folder: Path, learning_rate: float) -> UserError:
@@ -95,7 +95,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 @contextmanager
-def memory_in_words(settings: Mapping[str, Any], note: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+def explain_oom(settings: Mapping[str, Any], note: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
     """A block in which memory that runs out is a UserError: what was being done, and the knobs with their values.
 
     settings: the run's settings by name. The block is handed a function to say what it turns to ("step 3, update"),

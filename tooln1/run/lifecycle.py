@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from tooln1.benchmarks.runner import Asking, figures
+from tooln1.benchmarks.runner import GenerationConfig, figures
 from tooln1.config import to_toml
 from tooln1.distributed import World, copy_weights, reshard
 from tooln1.io.errors import Stopped, UserError
 from tooln1.io.files import atomic_write
 from tooln1.model import save_model
 from tooln1.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, set_aside
-from tooln1.run.faults import memory_in_words
+from tooln1.run.faults import explain_oom
 from tooln1.run.metrics import Metrics, RunLog
 from tooln1.run.run_dir import CHECKPOINTS, claimed, find_checkpoint, is_in
 from tooln1.run.setup import Run, build, prepare
@@ -34,13 +34,13 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
     if config.threads:
         torch.set_num_threads(config.threads)
     run_dir = Path(config.run_dir)
-    with claimed(run_dir, world), memory_in_words(asdict(config), world.note) as turn_to:
+    with claimed(run_dir, world), explain_oom(asdict(config), world.note) as turn_to:
         checkpoint = find_checkpoint(run_dir, config.resume, world)
         tokenizer, examples, benches, notes = prepare(config, world, checkpoint)
         run = build(config, world, tokenizer, examples, benches, notes, turn_to)
         if checkpoint:
             resume(run, checkpoint)
-        run.log = world.together(lambda: open_logs(run), f"{run_dir} cannot be written to")
+        run.log = world.run_on_all_ranks(lambda: open_logs(run), f"{run_dir} cannot be written to")
         if run.saved < run.done:
             save(run)  # of a checkpoint from elsewhere: from now on this directory has one of its own
         try:
@@ -50,7 +50,7 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
             reshard(run.policy)
             if run.done > run.saved:
                 save(run)
-            if world.main:
+            if world.is_main:
                 print(f"stopped after step {run.done} of {run.steps}; --resume auto goes on from there")
             raise
         export(run)
@@ -66,7 +66,7 @@ def metrics_of_step(run: Run, step: int) -> Metrics:
 def finish_step(run: Run, metrics: Metrics, replies: list[dict]) -> None:
     """Log a step that is complete, save and evaluate where that is due."""
     config = run.config
-    run.log.step(run.done + 1, metrics.reduced(run.world.reduce))
+    run.log.step(run.done + 1, metrics.reduced(run.world.all_reduce))
     run.log.rollouts(run.done + 1, replies, config.log_rollouts)
     run.done, run.intact = run.done + 1, True
     last = run.done == run.steps
@@ -77,8 +77,10 @@ def finish_step(run: Run, metrics: Metrics, replies: list[dict]) -> None:
 
 def evaluate(run: Run) -> dict[str, float]:
     """Greedy figures, as eval.py has them: "heldout_accuracy" (the binary reward), and eval_bench's totals by name."""
-    asking = Asking(think=run.config.think, max_reply_tokens=run.config.max_reply_tokens)
-    found = figures(run.benches, run.sampler, run.tokenizer, run.world, asking, run.request.asked, run.request.check)
+    generation = GenerationConfig(think=run.config.think, max_reply_tokens=run.config.max_reply_tokens)
+    found = figures(
+        run.benches, run.sampler, run.tokenizer, run.world, generation, run.request.asked, run.request.check
+    )
     if "heldout_overall" in found:
         found["heldout_accuracy"] = found.pop("heldout_overall")
     return found
@@ -87,11 +89,11 @@ def evaluate(run: Run) -> dict[str, float]:
 def open_logs(run: Run) -> RunLog:
     """The run's settings and logs in its directory, where it begins, or goes on, to write from now on."""
     config, world, run_dir = run.config, run.world, Path(run.config.run_dir)
-    if world.main:
+    if world.is_main:
         with atomic_write(run_dir / "config.toml") as file:
             file.write(to_toml(replace(config, resume="", allow_changes="", check=False)))
     completed = run.done or None
-    log = RunLog(run_dir, run.steps, completed=completed, tensorboard=config.tensorboard, write=world.main)
+    log = RunLog(run_dir, run.steps, completed=completed, tensorboard=config.tensorboard, write=world.is_main)
     world.remember(str(run_dir.absolute()))  # a restart by torchrun goes on with it
     return log
 
@@ -106,12 +108,12 @@ def evaluate_if_due(run: Run) -> None:
     due = (last or (config.eval_every and step % config.eval_every == 0)) if step else config.eval_before_training
     has_row = run.log.row.get("step") == step
     missing = "seconds/eval" not in run.log.row if has_row else last or not step
-    if run.benches and due and run.world.from_main(missing):
+    if run.benches and due and run.world.broadcast(missing):
         metrics = Metrics(enter=lambda phase: run.turn_to(f"step {step}, {phase}"))
         with metrics.timer("eval"):
             copy_weights(run.policy, run.sampler.model)
             metrics.add_means({name: (value, 1) for name, value in evaluate(run).items()})
-        run.log.step(step, metrics.reduced(run.world.reduce))
+        run.log.step(step, metrics.reduced(run.world.all_reduce))
 
 
 def save(run: Run, may_fail: bool = False) -> None:
@@ -120,7 +122,7 @@ def save(run: Run, may_fail: bool = False) -> None:
     run.turn_to(f"step {run.done}, save")
     notes = run.notes | {"bad_steps": run.bad_steps, "cache_tokens": world.gather([run.sampler.affordable])}
     try:
-        world.together(run.log.flush, "the logs could not be written")
+        world.run_on_all_ranks(run.log.flush, "the logs could not be written")
         save_checkpoint(
             Path(config.run_dir) / CHECKPOINTS,
             run.done,
@@ -135,7 +137,7 @@ def save(run: Run, may_fail: bool = False) -> None:
         run.failed_saves += 1
         if not may_fail or run.failed_saves >= config.max_failed_saves:
             raise
-        if world.main:
+        if world.is_main:
             again = f"Trying again after the next step (attempt {run.failed_saves} of {config.max_failed_saves})."
             print(f"warning: {error} {again}", file=sys.stderr)
     else:
@@ -151,8 +153,10 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
     run.saved = run.done if is_in(checkpoint.path, Path(run.config.run_dir)) else 0
     if checkpoint.ranks == run.world.size:  # the same cache, so that the same replies are sampled side by side
         run.sampler.affordable = notes.get("cache_tokens", {run.world.rank: None})[run.world.rank]
-    aside = run.world.together(lambda: set_aside(folder, run.done) if run.world.main else [], f"{folder}: renaming")
-    if run.world.main:
+    aside = run.world.run_on_all_ranks(
+        lambda: set_aside(folder, run.done) if run.world.is_main else [], f"{folder}: renaming"
+    )
+    if run.world.is_main:
         steps = f"with step {run.done + 1}" if run.done < run.steps else f"whose {run.done} steps are all there are"
         print(f"going on from {checkpoint.path}, {steps}")
         if aside:
@@ -164,7 +168,7 @@ def export(run: Run) -> None:
     run_dir, world = Path(run.config.run_dir), run.world
     run.turn_to("export")
     copy_weights(run.policy, run.sampler.model)
-    write = (lambda: save_model(run.sampler.model, run_dir / "hf")) if world.main else (lambda: None)
-    world.together(write, f"the model could not be exported to {run_dir / 'hf'}; --resume auto tries it again")
-    if world.main:
+    write = (lambda: save_model(run.sampler.model, run_dir / "hf")) if world.is_main else (lambda: None)
+    world.run_on_all_ranks(write, f"the model could not be exported to {run_dir / 'hf'}; --resume auto tries it again")
+    if world.is_main:
         print(f"done: the model is in {run_dir / 'hf'}, the curves: python -m tooln1.run.plot {run_dir}")

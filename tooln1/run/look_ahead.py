@@ -17,7 +17,6 @@ from tooln1.run.memory import device_bytes, estimate, host_bytes, table
 from tooln1.run.preflight import (
     Finding,
     disk,
-    leaks,
     lengths,
     longest_prompt,
     memory,
@@ -26,6 +25,7 @@ from tooln1.run.preflight import (
     schedule,
     stop_ids,
     template,
+    train_eval_overlap,
 )
 from tooln1.run.run_dir import CHECKPOINTS
 from tooln1.run.tensorboard import tensorboard_writer
@@ -51,9 +51,9 @@ def look_ahead(
         return _seen(settings, world, config, reference, tokenizer, examples, held_out)
 
     check = settings["check"]
-    found = world.from_main(world.together(look if world.main else list, "looking ahead"))
+    found = world.broadcast(world.run_on_all_ranks(look if world.is_main else list, "looking ahead"))
     wrong = [finding for finding in found if finding.level == "error" or (check and finding.level != "ok")]
-    if world.main and not check:
+    if world.is_main and not check:
         for finding in found:
             if finding.level == "warning":
                 print(f"warning: {finding.about}: {finding.text}", file=sys.stderr)
@@ -63,7 +63,7 @@ def look_ahead(
     if wrong:
         more = f" ({len(wrong) - 1} more: train.py --check lists all)" if len(wrong) > 1 else ""
         raise UserError(f"{wrong[0].about}: {wrong[0].text}{more}")
-    if check and world.main:
+    if check and world.is_main:
         print("\nnothing to mend: this run can start")
 
 
@@ -126,7 +126,7 @@ def _seen(
         ),
         *stop_ids(tokenizer, config.vocab_size),
         *template(tokenizer, examples, think, settings["reward"], supervised),
-        *leaks(examples, held_out),
+        *train_eval_overlap(examples, held_out),
         *memory(
             needed,
             cuda=cuda,

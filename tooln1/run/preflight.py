@@ -38,7 +38,7 @@ class Finding:
 # ------------------------------------------------------------------------------------------------ data
 
 
-def leaks(train: Sequence[Example], held_out: Sequence[Example]) -> list[Finding]:
+def train_eval_overlap(train: Sequence[Example], held_out: Sequence[Example]) -> list[Finding]:
     """Held-out examples whose source row, or whose tools and first message, are also among those trained on.
 
     That is what `order.split` keeps apart. The first message and the tools, not the whole dialogue: whoever trained on
@@ -46,7 +46,7 @@ def leaks(train: Sequence[Example], held_out: Sequence[Example]) -> list[Finding
     should not number their examples alike.
     """
     if not held_out:
-        return [Finding("ok", "leaks", "no held-out examples to compare with.")]
+        return [Finding("ok", "train_eval_overlap", "no held-out examples to compare with.")]
     asked = {example.messages[0]["content"] for example in held_out}  # few need hashing
     rows: dict[str, str] = {}
     contents: dict[str, dict[str, None]] = {}  # digest -> ids
@@ -67,7 +67,7 @@ def leaks(train: Sequence[Example], held_out: Sequence[Example]) -> list[Finding
             f"all {itself} held-out examples are training examples: figures on them are training accuracy; name "
             "other examples as eval_data (python -m tooln1.prepare makes a split)."
         )
-        return [Finding("warning", "leaks", text)]
+        return [Finding("warning", "train_eval_overlap", text)]
     found = []
     for pairs, what in ((same_row, "come from a source row"), (same_content, "have the query and the tools of one")):
         if pairs:
@@ -76,12 +76,12 @@ def leaks(train: Sequence[Example], held_out: Sequence[Example]) -> list[Finding
                 f"{pairs[0][0]}, as {pairs[0][1]} in training), so figures on them are too good; take them out, "
                 "or split anew with python -m tooln1.prepare."
             )
-            found.append(Finding("warning", "leaks", text))
+            found.append(Finding("warning", "train_eval_overlap", text))
     none = f"none of {len(held_out)} held-out examples shares its source row, or query and tools, with {len(train)}."
-    return found or [Finding("ok", "leaks", none)]
+    return found or [Finding("ok", "train_eval_overlap", none)]
 
 
-def some_of_each_source(examples: Iterable[Example], count: int = 3) -> list[Example]:
+def first_per_source(examples: Iterable[Example], count: int = 3) -> list[Example]:
     """The first `count` examples of every source."""
     seen: Counter[str] = Counter()
     chosen = []
@@ -104,7 +104,7 @@ def template(
     turn must begin with the prompt and end with a stop token. What surely cannot work is an error where all examples
     looked at show it, else a warning.
     """
-    chosen, reward = some_of_each_source(examples), reward if think else "binary_no_think"
+    chosen, reward = first_per_source(examples), reward if think else "binary_no_think"
     faults: dict[tuple[Level, str], list[str]] = {}
     for example in chosen:
         try:

@@ -36,9 +36,9 @@ def find_checkpoint(run_dir: Path, resume: str, world: World) -> Checkpoint | No
     Where torchrun has restarted a job that had begun to write here, the newest counts, whatever the command line says.
     Rank 0 says what is passed over, and why. What is refused is a UserError.
     """
-    folder, say = run_dir / CHECKPOINTS, print if world.main else lambda *words: None
-    there = world.from_main([path.name for path in complete_checkpoints(folder)])
-    used = world.from_main((run_dir / "metrics.jsonl").exists()) or there
+    folder, say = run_dir / CHECKPOINTS, print if world.is_main else lambda *words: None
+    there = world.broadcast([path.name for path in complete_checkpoints(folder)])
+    used = world.broadcast((run_dir / "metrics.jsonl").exists()) or there
     restarted = world.remembers(str(run_dir.absolute()))
     if restarted and (there or not resume):
         resume = "auto"
@@ -103,14 +103,14 @@ def claimed(run_dir: Path, world: World) -> Iterator[None]:
         for name in unfinished(clear_up(run_dir / CHECKPOINTS, (LATEST, "step-*"))):
             print(f"passed over, and removed: {name} (writing it was not finished)")
 
-    world.together(prepare if world.main else lambda: None, f"{run_dir} cannot be written to")
+    world.run_on_all_ranks(prepare if world.is_main else lambda: None, f"{run_dir} cannot be written to")
     try:
         if not run_dir.is_dir():
             where = "--run-dir must be on storage that all nodes share"
             raise UserError(f"{run_dir}: not seen by rank {world.rank}; {where}.")
         yield
     finally:
-        if world.main:
+        if world.is_main:
             with suppress(OSError):  # it is not empty
                 for folder in (run_dir / CHECKPOINTS, run_dir, *made):
                     folder.rmdir()

@@ -59,7 +59,7 @@ def prepare(
 ) -> tuple[Tokenizer, Sequence, list[Bench], dict]:
     """Tokenizer, examples, benches and the notes for checkpoints; UserError where the run cannot work with them."""
     if checkpoint:
-        say, processes = print if world.main else lambda words: None, (checkpoint.ranks, world.size)
+        say, processes = print if world.is_main else lambda words: None, (checkpoint.ranks, world.size)
         refuse_changes(checkpoint.notes.get("config"), config, str(checkpoint.path), processes, say)
     tokenizer = load_tokenizer(config.model)
     examples, benches = load_data(config, world, tokenizer)
@@ -145,7 +145,7 @@ def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Seque
     kept, dropped = fitting(read_examples(config.train_data), where=config.train_data)
     if not kept:
         raise UserError(f"{config.train_data}: all prompts are over max_prompt_tokens ({config.max_prompt_tokens}).")
-    if world.main:
+    if world.is_main:
         print(f"{len(kept)} training examples, {len(held_out)} held out; {dropped} and {unasked} over-long left out")
     benches = [held_out_bench(config.eval_data, held_out)] if held_out else []
     return kept, benches + load_benches([config.eval_bench] if config.eval_bench else [])

@@ -47,7 +47,7 @@ class StopRequest:
 
     def check(self) -> None:
         """Raise `Stopped` on all ranks where any of them was asked (a collective)."""
-        (number,) = self.world.reduce([self.number], "max")
+        (number,) = self.world.all_reduce([self.number], "max")
         if number:
             raise Stopped(int(number))
 
@@ -61,7 +61,7 @@ class StopRequest:
                 self.number, self.since = number, now
                 if self.world.lifeline:
                     self.world.lifeline.ask_to_stop()
-                if self.world.main:
+                if self.world.is_main:
                     os.write(2, f"\n{name}: {WORDS}\n".encode())
             elif now - self.since > SAME:
                 os.write(2, f"{name} again: rank {self.world.rank} stops at once\n".encode())
