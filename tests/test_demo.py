@@ -8,8 +8,9 @@ import pytest
 
 from tooln1.config import REPOSITORY
 from tooln1.data import read_examples, write_examples
-from tooln1.demo import __main__ as demo
-from tooln1.demo.tools import FAMILIES, TOOLS, VALUES
+from tooln1.demo import requests as demo
+from tooln1.demo.__main__ import write_tokenizer
+from tooln1.demo.requests import FAMILIES, TOOLS, VALUES
 from tooln1.model import load_model, sequence_logits
 from tooln1.prompt import build_messages, parse_reply
 from tooln1.rewards import REWARDS
@@ -93,10 +94,10 @@ def test_every_value_of_an_answer_is_said_in_the_request(splits):
 
 def test_the_set_has_the_variety_it_promises(splits):
     examples = splits["train"]
-    assert len(TOOLS) >= 40 and len({tool[0] for tool in TOOLS}) == len(TOOLS)
-    assert all(len(tool[3]) >= 2 for tool in TOOLS)
+    assert len(TOOLS) >= 40 and len({tool["name"] for tool in TOOLS}) == len(TOOLS)
+    assert all(len(tool["phrasings"]) >= 2 for tool in TOOLS)
     used = Counter(call["name"] for example in examples for call in example.answer)
-    assert set(used) == {tool[0] for tool in TOOLS}
+    assert set(used) == {tool["name"] for tool in TOOLS}
     assert {len(example.tools) for example in examples} == set(demo.CANDIDATES)
     two = sum(len(example.answer) == 2 for example in examples) / len(examples)
     assert two == pytest.approx(demo.TWO_CALLS, abs=0.04)
@@ -112,7 +113,7 @@ def test_the_set_has_the_variety_it_promises(splits):
 
 
 def test_a_sibling_of_a_wanted_tool_is_among_the_candidates(splits):
-    family_of = {tool[0]: number for number, family in enumerate(FAMILIES) for tool in family}
+    family_of = {tool["name"]: number for number, family in enumerate(FAMILIES) for tool in family}
     offered = [
         any(family_of[tool["name"]] == family_of[call["name"]] and tool["name"] != call["name"] for tool in e.tools)
         for e in splits["train"]
@@ -124,12 +125,15 @@ def test_a_sibling_of_a_wanted_tool_is_among_the_candidates(splits):
 
 def test_values_are_single_words():
     for words in VALUES.values():
-        assert all(word.isalpha() for word in words.split())
+        assert all(word.isalpha() for word in words)
 
 
 def test_optional_parts_of_a_phrase():
-    parameters = {"a": ("int", "", "5-5", None), "b": ("bool", "", "", False)}
-    tool = ("f", "", parameters, ["say {a}[ on{b:true}| off{b:false}]."])
+    tool = {
+        "name": "f",
+        "parameters": {"a": {"kind": "5-5"}, "b": {"kind": "", "default": False}},
+        "phrasings": ["say {a}[ on{b:true}| off{b:false}]."],
+    }
     seen = {}
     rng = random.Random(0)
     for _ in range(50):
@@ -166,7 +170,8 @@ def test_copying_exercises_say_the_solution(monkeypatch):
     pairs = demo.copying()
     assert pairs == demo.copying()
     lookups = 0
-    for example, reply in pairs:
+    for example in pairs:
+        request, reply = example.messages[0]["content"], example.reply
         request = example.messages[0]["content"]
         if reply.startswith("{"):
             lookups += 1
@@ -206,7 +211,7 @@ def test_committed_data_are_what_the_generator_makes(split, splits, tmp_path):
 
 
 def test_committed_tokenizer_is_what_the_command_makes(tmp_path):
-    demo.write_tokenizer(tmp_path)
+    write_tokenizer(tmp_path)
     made, committed = (json.loads((folder / "tokenizer.json").read_text()) for folder in (tmp_path, ASSETS / "model"))
     for part in ("model", "added_tokens", "pre_tokenizer"):
         assert made[part] == committed[part]

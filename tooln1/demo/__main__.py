@@ -4,222 +4,27 @@
     python -m tooln1.demo tokenizer --out DIR     tokenizer files, trained on that data
     python -m tooln1.demo init-model --out DIR    a random model beside its tokenizer
 
-docs/demo.md has the whole recipe. The story is the paper's on a laptop: a model that can do the task (`pretrain`
-teaches it, with right replies) picks up a bad teacher's habits (`warmstart`: numbers written as strings, the second
-of two calls and what is optional forgotten), and the reward alone, which knows the truth, undoes them (`train`). No
-combination of tool and values in `heldout` occurs in any other file.
+docs/demo.md has the whole recipe. A model learns the task from right replies (`pretrain`), then a second teacher's bad
+habits (`warmstart`: numbers written as strings, the second of two calls and what is optional forgotten); the reward
+alone undoes them (`train`). No combination of tool and values in `heldout` occurs in any other file.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import random
-import re
-from dataclasses import replace
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, pre_tokenizers
 
-from tooln1.data import Example, write_examples
-from tooln1.demo.tools import FAMILIES, TOOLS, VALUES
+from tooln1.demo.requests import examples_of, reply_with, write_data
 from tooln1.io.errors import UserError, exit_on_user_error
 from tooln1.io.files import atomic_write, check_writable
 from tooln1.io.model_config import parse_config
 from tooln1.model import random_model, save_model
-from tooln1.prompt import THINK_INSTRUCTION, TOOLS_SECTION, XLAM_SYSTEM, format_reply
+from tooln1.prompt import THINK_INSTRUCTION, TOOLS_SECTION, XLAM_SYSTEM
 from tooln1.tokenizer import load_tokenizer
-
-HELD_OUT_SHARE = 8  # one combination of tool and values in so many is held out
-SIZES = {"copy": 32_000, "pretrain": 40_000, "warmstart": 6_400, "train": 1_280, "heldout": 500}
-CANDIDATES = (2, 3, 4)  # how many tools a prompt offers
-TWO_CALLS = 0.3  # share of requests that need two calls
-JOINS = (" Also: ", " Then: ", " Next: ")
-# The bad teacher's habits: how often a reply has each of them.
-STRING_NUMBERS = 0.65  # writes its numbers and truth values as strings
-FORGOTTEN_CALL = 0.60  # drops the second of two calls
-FORGOTTEN_OPTION = 0.60  # leaves out what is optional
-
-Tool = tuple[str, str, dict, list[str]]  # as demo_tools has them
-
-# ------------------------------------------------------------------------------------------------ requests
-
-SLOT = re.compile(r"\{(\w+)(?::(true|false))?\}")
-OPTION = re.compile(r"\[([^]]*)\]")
-
-
-def draw_value(kind: str, rng: random.Random) -> object:
-    """A value of a kind, as demo_tools explains them."""
-    if kind.endswith("*"):
-        return rng.sample(VALUES[kind[:-1]].split(), rng.randint(2, 3))
-    if kind in VALUES:
-        return rng.choice(VALUES[kind].split())
-    if "|" in kind:
-        return rng.choice(kind.split("|"))
-    low, high = kind.split("-")
-    if "." in low:
-        return rng.randint(int(float(low) * 10), int(float(high) * 10)) / 10
-    return rng.randint(int(low), int(high))
-
-
-def spoken(value: object) -> str:
-    """A value as the request says it."""
-    return ", ".join(value[:-1]) + " and " + value[-1] if isinstance(value, list) else str(value)
-
-
-def is_held_out(call: dict) -> bool:
-    """Whether this combination of tool and values is kept for evaluation: a hash of it, the same in every file."""
-    text = json.dumps(call, sort_keys=True)
-    return hashlib.sha256(text.encode()).digest()[0] % HELD_OUT_SHARE == 0
-
-
-def draw_phrase(tool: Tool, rng: random.Random) -> str:
-    """One of the tool's phrasings, with each [A|B] left out or decided."""
-    return OPTION.sub(lambda part: rng.choice(["", rng.choice(part[1].split("|"))]), rng.choice(tool[3]))
-
-
-def draw_call(tool: Tool, rng: random.Random) -> tuple[str, dict]:
-    """A request for one call of `tool`, and the call; no two arguments of it are alike."""
-    name, _, parameters, _ = tool
-    while True:
-        phrase = draw_phrase(tool, rng)
-        asked = {slot[1]: slot[2] for slot in SLOT.finditer(phrase)}  # parameter -> "true", "false" or None
-        arguments = {
-            key: draw_value(kind, rng) if asked[key] is None else asked[key] == "true"
-            for key, (_, _, kind, _) in parameters.items()
-            if key in asked
-        }
-        if len(set(map(str, arguments.values()))) == len(arguments):
-            words = {key: spoken(arguments[key]) if asked[key] is None else "" for key in arguments}
-            return SLOT.sub(lambda slot: words[slot[1]], phrase), {"name": name, "arguments": arguments}  # noqa: B023
-
-
-def schema(tool: Tool) -> dict:
-    """A tool in the style of xLAM: flat parameters, "optional" in the type, a default."""
-    name, description, parameters, _ = tool
-    described = {
-        key: {"description": about, "type": kind}
-        if default is None
-        else {"description": about, "type": f"{kind}, optional", "default": default}
-        for key, (kind, about, _, default) in parameters.items()
-    }
-    return {"name": name, "description": description, "parameters": described}
-
-
-def draw_calls(count: int, held_out: bool, rng: random.Random) -> list[tuple[str, dict]]:
-    """Requests for calls of `count` different tools, and the calls, all from one side of the split."""
-    drawn: list[tuple[str, dict]] = []
-    while len(drawn) < count:
-        request, call = draw_call(rng.choice(TOOLS), rng)
-        if is_held_out(call) == held_out and call["name"] not in [other["name"] for _, other in drawn]:
-            drawn.append((request, call))
-    return drawn
-
-
-def draw_candidates(wanted: list[str], rng: random.Random) -> list[Tool]:
-    """The tools that a prompt offers: the wanted ones, a sibling of the first, and others, in any order."""
-    family = next(family for family in FAMILIES if wanted[0] in [tool[0] for tool in family])
-    candidates = [tool for tool in TOOLS if tool[0] in wanted]
-    count = rng.choice(CANDIDATES)
-    for pool in (family, TOOLS, TOOLS):
-        if len(candidates) < count:
-            candidates.append(rng.choice([tool for tool in pool if tool not in candidates]))
-    rng.shuffle(candidates)
-    return candidates
-
-
-def draw_example(number: int, split: str, rng: random.Random) -> Example:
-    """A request for one or two calls among a few candidate tools."""
-    drawn = draw_calls(2 if rng.random() < TWO_CALLS else 1, split == "heldout", rng)
-    return Example(
-        id=f"demo-{split}-{number}",
-        source="demo",
-        system=XLAM_SYSTEM,
-        tools=[schema(tool) for tool in draw_candidates([call["name"] for _, call in drawn], rng)],
-        messages=[{"role": "user", "content": rng.choice(JOINS).join(request for request, _ in drawn)}],
-        answer=[call for _, call in drawn],
-    )
-
-
-# ------------------------------------------------------------------------------------------------ teachers
-
-
-def reply_with(calls: list[dict]) -> str:
-    """The reply that makes these calls: its thought chooses the tools, the calls spell them out."""
-    return format_reply(calls, f"I call {' and '.join(call['name'] for call in calls)}.")
-
-
-def with_habits(example: Example, rng: random.Random) -> list[dict]:
-    """The calls as a teacher with bad habits makes them: well-formed, but often with wrong arguments."""
-    strings, one_call, no_options = (
-        rng.random() < share for share in (STRING_NUMBERS, FORGOTTEN_CALL, FORGOTTEN_OPTION)
-    )
-    optional = {
-        (tool["name"], key) for tool in example.tools for key, about in tool["parameters"].items() if "default" in about
-    }
-    return [
-        {
-            "name": call["name"],
-            "arguments": {
-                key: value if isinstance(value, str | list) or not strings else json.dumps(value)
-                for key, value in call["arguments"].items()
-                if not (no_options and (call["name"], key) in optional)
-            },
-        }
-        for call in (example.answer[:1] if one_call else example.answer)
-    ]
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-
-def examples_of(split: str, seed: int = 0) -> list[Example]:
-    """The examples of a split of tool-calling requests, the same for the same seed on every machine."""
-    rng = random.Random(f"{split} {seed}")
-    return [draw_example(number, split, rng) for number in range(SIZES[split])]
-
-
-def copying(seed: int = 0) -> list[Example]:
-    """Exercises in copying, and their solutions: say a list of words and numbers again, or look values up by name.
-
-    Short and dense, they bring about in minutes what tool calls alone do not in an hour: heads that find a word's
-    last occurrence and go on from there.
-    """
-    rng = random.Random(f"copy {seed}")
-    words = sorted({word for words in VALUES.values() for word in words.split()})
-    keys = sorted({key for _, _, parameters, _ in TOOLS for key in parameters})
-    examples = []
-    for number in range(SIZES["copy"]):
-        chosen = rng.sample(keys, rng.randint(2, 8))
-        kinds = rng.choices(("word", "2-99", "1.1-99.5", "10-999"), (6, 2, 1, 1), k=len(chosen))
-        values = {
-            key: rng.choice(words) if kind == "word" else draw_value(kind, rng)
-            for key, kind in zip(chosen, kinds, strict=True)
-        }
-        if rng.random() < 0.5:
-            request = reply = " ".join(map(str, values.values()))
-        else:
-            request = ", ".join(f"{key} {value}" for key, value in values.items())
-            reply = json.dumps({key: values[key] for key in rng.sample(chosen, len(chosen))})
-        message = {"role": "user", "content": request}
-        examples.append(Example(f"demo-copy-{number}", "demo_copy", XLAM_SYSTEM, [], [message], [], reply))
-    return examples
-
-
-def write_data(folder: Path, seed: int = 0) -> None:
-    """All five files; the supervised ones with the reply to imitate."""
-    rng = random.Random(f"habits {seed}")
-    splits = {split: examples_of(split, seed) for split in ("train", "heldout")}
-    splits["copy"] = copying(seed)
-    splits["pretrain"] = [replace(one, reply=reply_with(one.answer)) for one in examples_of("pretrain", seed)]
-    splits["warmstart"] = [
-        replace(one, reply=reply_with(with_habits(one, rng))) for one in examples_of("warmstart", seed)
-    ]
-    for split, examples in splits.items():
-        write_examples(examples, folder / f"{split}.jsonl")
-
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
@@ -248,23 +53,32 @@ PIECES = (
 )
 
 
+# Qwen2's own split into words. transformers takes it for every model of type qwen2, whatever tokenizer.json says.
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEMO_WORDS = "[A-Za-z_]+|[0-9]|[^A-Za-z0-9_]+"
+
+
+def split_into_words(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """The pre-tokenizer that splits at a pattern and writes bytes as letters."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level])
+
+
 def write_tokenizer(folder: Path, seed: int = 0, vocab_size: int = 2048) -> None:
     """A byte-level BPE tokenizer in Hugging Face layout, trained on the demo's prompts and replies.
 
-    Words, single digits and everything between are split first, spaces standing alone, so that a word in a request
-    and the same word in JSON are the same token: what the model has to learn is to copy.
+    It is trained on words, single digits and everything between, spaces standing alone, so that a word in a request
+    and the same word in JSON are the same token: what the model has to learn is to copy. It then splits as Qwen2's
+    tokenizer does; the tokens that such a split would cut become added tokens, which are found before it. So
+    transformers' AutoTokenizer, which puts Qwen2's split into the place of any other, gives the same ids.
     """
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    words = tokenizers.Regex("[A-Za-z_]+|[0-9]|[^A-Za-z0-9_]+")
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(words, "isolated"),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    backend.pre_tokenizer = split_into_words(DEMO_WORDS)
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     texts = [
         text
@@ -274,8 +88,12 @@ def write_tokenizer(folder: Path, seed: int = 0, vocab_size: int = 2048) -> None
     for piece in (*TAGS, *sorted(PIECES, key=len, reverse=True)):
         texts = [part for text in texts for part in text.split(piece)]
     backend.train_from_iterator(texts, trainer)
+    used = {backend.decode([token]) for encoding in backend.encode_batch(texts) for token in encoding.ids}
+    qwen2 = split_into_words(QWEN2_WORDS)
+    cut = sorted(word for word in used if len(qwen2.pre_tokenize_str(word)) > 1)
+    backend.normalizer, backend.pre_tokenizer = tokenizers.normalizers.NFC(), qwen2
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    backend.add_tokens([AddedToken(token, normalized=False) for token in (*TAGS, *PIECES)])
+    backend.add_tokens([AddedToken(token, normalized=False) for token in (*TAGS, *PIECES, *cut)])
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "tokenizer.json") as file:
         file.write(backend.to_str())
@@ -283,7 +101,7 @@ def write_tokenizer(folder: Path, seed: int = 0, vocab_size: int = 2048) -> None
         "chat_template": CHAT_TEMPLATE,
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "Qwen2Tokenizer",
         "model_max_length": 1024,
     }
     stops = [backend.token_to_id("<|im_end|>"), backend.token_to_id("<|endoftext|>")]
