@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tooln1.batch import PackedBatch, minibatch_rows, pack, plan
+from tooln1.batch import PackedBatch, pack, plan_microbatches, split_into_minibatches
 from tooln1.config import load_config
 from tooln1.data import Example, Rollout
 from tooln1.distributed import World, copy_weights, launch
@@ -35,7 +35,7 @@ from tooln1.run.setup import Run, prepare
 from tooln1.sampler.distributed import generate_distributed
 from tooln1.settings import Config
 from tooln1.sft import demonstrations
-from tooln1.update import optimizer_step, scheduled_rate, with_logprobs
+from tooln1.update import add_logprobs, optimizer_step, scheduled_learning_rate
 
 DEFAULT = Path(__file__).parent / "configs" / "demo.toml"
 
@@ -54,7 +54,7 @@ def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
         replies, rewards = score(run, rollouts, examples, step)
         groups = torch.tensor([rollout.group for rollout in rollouts])
         advantages = group_advantages(rewards, groups, config.advantage_eps, config.scale_by_std)
-    minibatches = minibatch_rows(rollouts, config.prompts_per_minibatch)
+    minibatches = split_into_minibatches(rollouts, config.prompts_per_minibatch)
     with metrics.timer("logprobs"):
         batches = [log_probs(run, my_batches(run, rollouts, rows, advantages), metrics) for rows in minibatches]
     with metrics.timer("update"):
@@ -80,7 +80,7 @@ def sft_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
     examples = [run.examples[i] for i in run.order.take(step, config.prompts_per_step)]
     with metrics.timer("update"):
         rollouts = demonstrations(examples, run.tokenizer, config.think, config.sft_on_prompt)
-        for rows in minibatch_rows(rollouts, config.prompts_per_minibatch):
+        for rows in split_into_minibatches(rollouts, config.prompts_per_minibatch):
             total = sum(len(rollouts[row].reply) for row in rows)
             update(run, my_batches(run, rollouts, rows, torch.zeros(len(rollouts))), rollouts, total, step, metrics)
     return []
@@ -128,7 +128,7 @@ def log_probs(run: Run, batches: list[PackedBatch], metrics: Metrics) -> list[Pa
     """The batches with the log-probs of the policy before the update, and of the reference."""
     config = run.config
     metrics.add_tokens("logprobs", sum(len(batch.tokens) for batch in batches))
-    batches, sums = with_logprobs(
+    batches, sums = add_logprobs(
         batches, run.policy, run.reference, config.temperature, config.logprob_chunk_tokens, run.request.check
     )
     metrics.add_means(sums)
@@ -141,7 +141,7 @@ def update(
     """One optimizer step on a mini-batch; one whose loss or gradient is not finite is skipped, counted and kept."""
     config = run.config
     check = run.request.check if run.intact else lambda: None
-    rate = scheduled_rate(step, run.steps, config.learning_rate, config.lr_schedule, config.warmup_ratio)
+    rate = scheduled_learning_rate(step, run.steps, config.learning_rate, config.lr_schedule, config.warmup_ratio)
     result = optimizer_step(
         run.policy, run.optimizer, batches, run.loss, total, config.max_grad_norm, rate, run.world.all_reduce, check
     )
@@ -167,7 +167,9 @@ def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantage
     if only_policy_term and config.loss_aggregation != "microbatch_token_mean":
         # An advantage of 0 leaves nothing to learn (groups with equal rewards); the loss's total still counts it.
         rows = [row for row in rows if advantages[row] != 0]
-    shares = plan(rollouts, rows, config.tokens_per_microbatch, run.world.size, pair_cost(run.policy.config))
+    shares = plan_microbatches(
+        rollouts, rows, config.tokens_per_microbatch, run.world.size, pair_cost(run.policy.config)
+    )
     return [pack(rollouts, share, advantages, run.world.device) for share in shares[run.world.rank]]
 
 

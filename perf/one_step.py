@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from tooln1.batch import pack, plan
+from tooln1.batch import pack, plan_microbatches
 from tooln1.data import read_examples
 from tooln1.distributed import copy_weights, launch, shard
 from tooln1.grpo import group_advantages
@@ -29,7 +29,7 @@ from tooln1.model import random_model, read_config
 from tooln1.prompt import build_messages
 from tooln1.sampler.sampler import Sampler
 from tooln1.tokenizer import load_tokenizer
-from tooln1.update import PolicyLoss, optimizer_step, with_logprobs
+from tooln1.update import PolicyLoss, add_logprobs, optimizer_step
 
 
 def main() -> None:
@@ -73,10 +73,10 @@ def main() -> None:
         rollouts = timed("rollout", lambda: sampler.generate(prompts, args.replies, 0.7, args.tokens))
         rewards = torch.arange(len(rollouts)) % 2.0  # random weights call no tools: the numbers only have to differ
         advantages = group_advantages(rewards, torch.tensor([rollout.group for rollout in rollouts]))
-        rows = plan(rollouts, list(range(len(rollouts))), args.budget, world.size)[world.rank]
+        rows = plan_microbatches(rollouts, list(range(len(rollouts))), args.budget, world.size)[world.rank]
         batches = [pack(rollouts, share, advantages, world.device) for share in rows]
         # The frozen reference is the start itself, so the sampling copy stands in for it here.
-        batches, _ = timed("log-probs", lambda: with_logprobs(batches, policy, copy, 0.7, 1024))
+        batches, _ = timed("log-probs", lambda: add_logprobs(batches, policy, copy, 0.7, 1024))
         total = sum(len(rollout.reply) for rollout in rollouts)
         result = timed("update", lambda: optimizer_step(policy, optimizer, batches, PolicyLoss(), total, 1.0, 1e-6))
         timed("sync", lambda: copy_weights(policy, copy))

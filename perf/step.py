@@ -29,13 +29,13 @@ import torch
 from shapes import DEMO, lognormal_lengths, machine, print_table, random_prompts, timed
 from torch import Tensor
 
-from tooln1.batch import PackedBatch, as_rows, minibatch_rows, pack, plan
+from tooln1.batch import PackedBatch, pack, pad_to_rows, plan_microbatches, split_into_minibatches
 from tooln1.data import Rollout
 from tooln1.distributed import copy_weights
 from tooln1.grpo import group_advantages
 from tooln1.model import load_model, read_config, save_model
 from tooln1.sampler.sampler import Sampler
-from tooln1.update import PolicyLoss, optimizer_step, with_logprobs
+from tooln1.update import PolicyLoss, add_logprobs, optimizer_step
 
 try:
     import datasets
@@ -93,15 +93,15 @@ class Ours:
     def batches(self, rollouts: list[Rollout], rows: list[int], budget: int) -> list[PackedBatch]:
         """The micro-batches of a mini-batch, with advantages, old and reference log-probs."""
         advantages = group_advantages(self.work.rewards, torch.tensor([rollout.group for rollout in rollouts]))
-        packed = [pack(rollouts, share, advantages) for share in plan(rollouts, rows, budget, 1)[0]]
-        return with_logprobs(packed, self.policy, self.reference, TEMPERATURE, CHUNK)[0]
+        packed = [pack(rollouts, share, advantages) for share in plan_microbatches(rollouts, rows, budget, 1)[0]]
+        return add_logprobs(packed, self.policy, self.reference, TEMPERATURE, CHUNK)[0]
 
     def step(self, number: int) -> dict[str, float]:
         """One whole step; its seconds by phase."""
         seconds = dict.fromkeys(PHASES, 0.0)
         rollouts = timed(seconds, "rollout", self.sample, number)
         assert [len(rollout.reply) for rollout in rollouts] == self.work.lengths
-        shares = minibatch_rows(rollouts, len(self.work.prompts) // UPDATES)
+        shares = split_into_minibatches(rollouts, len(self.work.prompts) // UPDATES)
         minibatches = [timed(seconds, "logprobs", self.batches, rollouts, rows, self.budget) for rows in shares]
         for batches in minibatches:
             total = sum(len(batch.targets) for batch in batches)
@@ -198,7 +198,7 @@ def recorded(ours: Ours) -> tuple[list[Rollout], list[PackedBatch]]:
     """Rollouts; and micro-batches of a mini-batch, with noise on old and reference log-probs: ratios away from 1."""
     torch.manual_seed(0)
     work, rollouts = ours.work, ours.sample(step=0)
-    rows = minibatch_rows(rollouts, len(work.prompts) // UPDATES)[0]
+    rows = split_into_minibatches(rollouts, len(work.prompts) // UPDATES)[0]
     batches = ours.batches(rollouts, rows, budget=max(map(len, work.prompts)) + 2 * max(work.lengths))
     assert len(batches) > 1, "a single micro-batch would not show a wrong denominator"
     for i, batch in enumerate(batches):
@@ -213,7 +213,7 @@ def padded(rollouts: list[Rollout], batches: list[PackedBatch]) -> dict[str, Ten
     lengths = [length for batch in batches for length in batch.lengths]
 
     def rows(field: str) -> Tensor:
-        return as_rows(torch.cat([getattr(batch, field) for batch in batches]), lengths)[0]
+        return pad_to_rows(torch.cat([getattr(batch, field) for batch in batches]), lengths)[0]
 
     def left(tensors: list[Tensor]) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_side="left")
@@ -222,7 +222,7 @@ def padded(rollouts: list[Rollout], batches: list[PackedBatch]) -> dict[str, Ten
         "prompt_ids": left(prompts),
         "prompt_mask": left([torch.ones_like(ids) for ids in prompts]),
         "completion_ids": rows("targets"),
-        "completion_mask": as_rows(torch.ones(sum(lengths)).long(), lengths)[0],
+        "completion_mask": pad_to_rows(torch.ones(sum(lengths)).long(), lengths)[0],
         "old_per_token_logps": rows("old_logprobs"),
         "ref_per_token_logps": rows("ref_logprobs"),
         "advantages": torch.cat([batch.advantages for batch in batches]),

@@ -25,13 +25,13 @@ import torch
 from shapes import lognormal_lengths, machine, print_table, qwen2p5, small
 
 from tooln1.attention import attention
-from tooln1.batch import PackedBatch, pack, plan
+from tooln1.batch import PackedBatch, pack, plan_microbatches
 from tooln1.data import Rollout
 from tooln1.distributed import launch, shard
 from tooln1.grpo import token_logprobs
 from tooln1.io.model_config import pair_cost
 from tooln1.model import Transformer, random_model
-from tooln1.update import PolicyLoss, optimizer_step, with_logprobs
+from tooln1.update import PolicyLoss, add_logprobs, optimizer_step
 
 GROUP, PROMPT, REPLY, CHUNK = 5, 728, 105, 512
 LOSS = PolicyLoss(kl_coef=1e-3, chunk=CHUNK)
@@ -55,13 +55,13 @@ def random_rollouts(prompts: int, vocab: int, seed: int = 0) -> tuple[list[Rollo
 
 def packed(rollouts: Sequence[Rollout], advantages: torch.Tensor, budget: int, model: Transformer) -> list[PackedBatch]:
     """Micro-batches as train.py makes them."""
-    shares = plan(rollouts, list(range(len(rollouts))), budget, 1, pair_cost(model.config))[0]
+    shares = plan_microbatches(rollouts, list(range(len(rollouts))), budget, 1, pair_cost(model.config))[0]
     return [pack(rollouts, rows, advantages, model.head.device) for rows in shares]
 
 
 def step_on(model: Transformer, reference: Transformer, optimizer, batches: list[PackedBatch], total: int) -> float:
     """Old and reference log-probs, then one optimizer step; the gradient's norm."""
-    filled, _ = with_logprobs(batches, model, reference, LOSS.temperature, CHUNK)
+    filled, _ = add_logprobs(batches, model, reference, LOSS.temperature, CHUNK)
     return optimizer_step(model, optimizer, filled, LOSS, total, 1e9, 0.0).grad_norm
 
 
@@ -204,15 +204,15 @@ def cuda_phases(config, world, budget: int, compile_parts: bool, rate: float) ->
     policy = shard(policy, world, torch.bfloat16)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0, fused=True)
     rollouts, advantages = random_rollouts(2 * max(1, budget // (PROMPT + GROUP * REPLY)), 150_000)
-    shares = plan(rollouts, list(range(len(rollouts))), budget, 1, pair_cost(config))[0]
+    shares = plan_microbatches(rollouts, list(range(len(rollouts))), budget, 1, pair_cost(config))[0]
     batches = [pack(rollouts, rows, advantages, "cuda") for rows in shares]
     alone = [replace(rollout, group=row) for row, rollout in enumerate(rollouts)]
-    apart = [pack(alone, rows, advantages) for rows in plan(alone, list(range(len(alone))), budget, 1)[0]]
+    apart = [pack(alone, rows, advantages) for rows in plan_microbatches(alone, list(range(len(alone))), budget, 1)[0]]
     total = sum(len(rollout.reply) for rollout in rollouts)
-    filled, _ = with_logprobs(batches, policy, None, LOSS.temperature, CHUNK)
+    filled, _ = add_logprobs(batches, policy, None, LOSS.temperature, CHUNK)
     filled = [replace(batch, ref_logprobs=batch.old_logprobs) for batch in filled]
     phases = {
-        "log-probs": (1 / 4, lambda: with_logprobs(batches, policy, None, LOSS.temperature, CHUNK)),
+        "log-probs": (1 / 4, lambda: add_logprobs(batches, policy, None, LOSS.temperature, CHUNK)),
         "update": (1, lambda: optimizer_step(policy, optimizer, filled, LOSS, total, 1.0, 0.0)),
     }
     rows, tokens = [], sum(len(batch.tokens) for batch in batches)

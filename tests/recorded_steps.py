@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tooln1.batch import pack, plan
+from tooln1.batch import pack, plan_microbatches
 from tooln1.data import Rollout
 from tooln1.distributed import copy_weights, full_tensor, launch, shard
 from tooln1.model import load_model
@@ -69,7 +69,7 @@ def main() -> None:
         for step in range(steps):
             rollouts = rollouts_of(step)
             advantages = torch.randn(len(rollouts), generator=torch.Generator().manual_seed(step))
-            shares = plan(rollouts, list(range(len(rollouts))), budget, world.size)[world.rank]
+            shares = plan_microbatches(rollouts, list(range(len(rollouts))), budget, world.size)[world.rank]
             batches = [noisy(pack(rollouts, share, advantages), start, step) for share in shares]
             total = sum(len(rollout.reply) for rollout in rollouts)
             loss = PolicyLoss(kl_coef=0.1, entropy_coef=0.01)

@@ -5,7 +5,7 @@ import torch
 from conftest import reference
 
 from tooln1.attention import FlexPackedAttention, PackedAttention, Segment, attention, causal
-from tooln1.batch import as_rows, pack, plan
+from tooln1.batch import pack, pad_to_rows, plan_microbatches
 from tooln1.data import Rollout
 from tooln1.grpo import token_logprobs
 from tooln1.model import load_model
@@ -45,9 +45,9 @@ def test_no_rows_give_one_idle_token():
 
 
 def test_values_as_rows():
-    rows, mask = as_rows(torch.tensor([1.0, 2.0, 3.0]), [1, 2])
+    rows, mask = pad_to_rows(torch.tensor([1.0, 2.0, 3.0]), [1, 2])
     assert rows.tolist() == [[1, 0], [2, 3]] and mask.tolist() == [[True, False], [True, True]]
-    rows, mask = as_rows(torch.zeros(0, requires_grad=True), [])
+    rows, mask = pad_to_rows(torch.zeros(0, requires_grad=True), [])
     assert rows.shape == mask.shape == (0, 1) and rows.requires_grad
 
 
@@ -56,18 +56,18 @@ def test_values_as_rows():
 def test_a_plan_holds_every_row_once_within_the_budget(ranks, budget):
     rollouts = random_rollouts()
     rows = list(range(3, len(rollouts)))
-    shares = plan(rollouts, rows, budget, ranks)
+    shares = plan_microbatches(rollouts, rows, budget, ranks)
     assert len(shares) == ranks and len({len(share) for share in shares}) == 1
     assert sorted(row for share in shares for micro in share for row in micro) == rows
     for micro in (micro for share in shares for micro in share):
         batch = pack(rollouts, micro, torch.zeros(len(rollouts)))
         assert len(batch.tokens) <= budget or len(micro) <= 1
-    assert shares == plan(rollouts, rows, budget, ranks)
+    assert shares == plan_microbatches(rollouts, rows, budget, ranks)
 
 
 def test_micro_batches_that_run_in_step_cost_about_the_same():
     rollouts = random_rollouts(groups=64, longest=40)
-    shares = plan(rollouts, list(range(len(rollouts))), 400, 4)
+    shares = plan_microbatches(rollouts, list(range(len(rollouts))), 400, 4)
     for step in zip(*shares, strict=True):
         sizes = [len(pack(rollouts, micro, torch.zeros(len(rollouts))).tokens) for micro in step]
         assert max(sizes) <= 1.2 * min(sizes)
@@ -79,7 +79,7 @@ def test_long_prompts_count_by_their_pairs_too():
     rollouts = [Rollout(i, 0, [1] * (n - 1), [2], [0.0], True) for i, n in enumerate(lengths)]
 
     def costs(pair_cost):
-        shares = plan(rollouts, list(range(len(rollouts))), 1000, 2, pair_cost)
+        shares = plan_microbatches(rollouts, list(range(len(rollouts))), 1000, 2, pair_cost)
         return [sum(lengths[row] + 0.1 * lengths[row] ** 2 / 2 for row in share[0]) for share in shares]
 
     assert max(costs(0.1)) <= 1.02 * min(costs(0.1))
@@ -110,7 +110,7 @@ def test_shared_prompts_give_the_logprobs_and_gradients_of_separate_sequences():
     zeros = torch.zeros(len(rollouts))
     separate = [pack(rollouts, [row], zeros) for row in range(len(rollouts))]
     shared = [pack(rollouts, list(range(len(rollouts))), zeros)]
-    cut = [pack(rollouts, rows, zeros) for rows in plan(rollouts, list(range(len(rollouts))), 30, 1)[0]]
+    cut = [pack(rollouts, rows, zeros) for rows in plan_microbatches(rollouts, list(range(len(rollouts))), 30, 1)[0]]
     want, want_gradient = logprobs_and_gradients(model, separate)
     for batches in (shared, cut):
         got, gradient = logprobs_and_gradients(model, batches)

@@ -15,7 +15,7 @@ from tooln1.model import random_model
 from tooln1.run import memory
 from tooln1.run.memory import estimate, kept_activations, shown, table
 from tooln1.sampler.sampler import Sampler
-from tooln1.update import PolicyLoss, optimizer_step, with_logprobs
+from tooln1.update import PolicyLoss, add_logprobs, optimizer_step
 
 GIB = 1 << 30
 
@@ -54,7 +54,7 @@ def stepped(model, reference):
     """A model after one optimizer step, with its optimizer."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     replies = rollouts()
-    batches, _ = with_logprobs([pack(replies, [0, 1, 2], torch.ones(3))], model, reference, 1.0, 64)
+    batches, _ = add_logprobs([pack(replies, [0, 1, 2], torch.ones(3))], model, reference, 1.0, 64)
     optimizer_step(model, optimizer, batches, PolicyLoss(1.0), 30, 1.0, 1e-3)
     return optimizer
 

@@ -9,11 +9,18 @@ from conftest import reference
 from recorded_steps import noisy, rollouts_of
 from safetensors.torch import load_file
 
-from tooln1.batch import pack, plan
+from tooln1.batch import pack, plan_microbatches
 from tooln1.data import Rollout
 from tooln1.grpo import AGGREGATIONS, group_advantages, loss_total
 from tooln1.model import load_model, random_model, read_config
-from tooln1.update import PolicyLoss, SupervisedLoss, batch_logprobs, optimizer_step, scheduled_rate, with_logprobs
+from tooln1.update import (
+    PolicyLoss,
+    SupervisedLoss,
+    add_logprobs,
+    batch_logprobs,
+    optimizer_step,
+    scheduled_learning_rate,
+)
 
 
 def released_run():
@@ -54,6 +61,7 @@ def test_three_steps_of_the_released_actor():
         clip_low=hyper["clip_ratio"],
         clip_high=hyper["clip_ratio"],
         kl_coef=hyper["kl_loss_coef"],
+        entropy_coef=hyper["entropy_coeff"],
         aggregation="microbatch_token_mean",
         chunk=7,
     )
@@ -66,7 +74,7 @@ def test_three_steps_of_the_released_actor():
         minibatches, entropy = [], []
         for number, partition in enumerate(did["micro_partitions_per_minibatch"]):
             rows = [[number * mini + i for i in part] for part in partition]
-            filled, _ = with_logprobs(
+            filled, _ = add_logprobs(
                 [pack(rollouts, part, advantages) for part in rows], model, frozen, hyper["temperature"], 7
             )
             for batch in filled:
@@ -105,7 +113,7 @@ def recorded_batches(budget=10_000, aggregation="token_mean", share=True, dtype=
         rollouts = [replace(rollout, group=row) for row, rollout in enumerate(rollouts)]
     advantages = tensors["iter1.advantages"][:, 0]
     batches = []
-    for rows in plan(rollouts, list(range(len(rollouts))), budget, 1)[0]:
+    for rows in plan_microbatches(rollouts, list(range(len(rollouts))), budget, 1)[0]:
         batch = pack(rollouts, rows, advantages)
         old, ref = (
             torch.cat([tensors[f"iter1.{key}"][row, :n] for row, n in zip(batch.rows, batch.lengths, strict=True)])
@@ -145,7 +153,7 @@ def minibatch(model, budget, share=True):
     if not share:  # every reply its own group: the prompt is repeated
         rollouts = [replace(rollout, group=row) for row, rollout in enumerate(rollouts)]
     batches = []
-    for rows in plan(rollouts, list(range(len(rollouts))), budget, 1)[0]:
+    for rows in plan_microbatches(rollouts, list(range(len(rollouts))), budget, 1)[0]:
         old, ref = (
             torch.cat([torch.zeros(0), *(getattr(known[row], name) for row in rows)])
             for name in ("old_logprobs", "ref_logprobs")
@@ -244,7 +252,7 @@ def test_activation_checkpointing_and_idle_batches_change_nothing():
     _, want = gradient(model, batches, loss, total)
     for block in model.model.layers:
         block.recompute = True
-    idle, _ = with_logprobs([pack([], [], torch.zeros(0))], model, model, 0.7, 16)
+    idle, _ = add_logprobs([pack([], [], torch.zeros(0))], model, model, 0.7, 16)
     _, got = gradient(model, [*batches, *idle], loss, total)
     assert (got - want).norm() / want.norm() <= 1e-6
 
@@ -272,7 +280,7 @@ def test_supervised_loss_is_the_mean_cross_entropy_of_the_replies():
 
 
 def test_learning_rate_schedules():
-    assert [scheduled_rate(s, 10, 2.0, "constant", 0.0) for s in (0, 9)] == [2.0, 2.0]
-    assert [scheduled_rate(s, 10, 2.0, "constant", 0.2) for s in (0, 1, 2)] == [1.0, 2.0, 2.0]
-    cosine = [scheduled_rate(s, 10, 2.0, "cosine", 0.0) for s in range(10)]
+    assert [scheduled_learning_rate(s, 10, 2.0, "constant", 0.0) for s in (0, 9)] == [2.0, 2.0]
+    assert [scheduled_learning_rate(s, 10, 2.0, "constant", 0.2) for s in (0, 1, 2)] == [1.0, 2.0, 2.0]
+    cosine = [scheduled_learning_rate(s, 10, 2.0, "cosine", 0.0) for s in range(10)]
     assert cosine[0] == 2.0 and cosine[5] == pytest.approx(1.0) and 0 < cosine[9] < 0.1

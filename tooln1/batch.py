@@ -46,15 +46,15 @@ def pack(
 ) -> PackedBatch:
     """The rollouts `rows` (indices into `rollouts` and `advantages` [len(rollouts)]) as one stream.
 
-    Consecutive rows of one group share their prompt. No rows at all give a stream of one token without a reply: what
-    a rank runs to keep step with the others when it has nothing to do.
+    Consecutive rows of one group share their prompt. No rows give a stream of one token without a reply: a rank without
+    work runs it, so that all ranks run the same collectives.
     """
     tokens: list[int] = []
     positions: list[int] = []
     predictors: list[int] = []
     targets: list[int] = []
     segments: list[Segment] = []
-    for members in _runs(rollouts, rows):
+    for members in _group_runs(rollouts, rows):
         prompt = rollouts[members[0]].prompt
         start, replies = len(tokens), [rollouts[row].reply for row in members]
         tokens.extend(prompt)
@@ -84,7 +84,7 @@ def pack(
     )
 
 
-def _runs(rollouts: Sequence[Rollout], rows: Sequence[int]) -> list[list[int]]:
+def _group_runs(rollouts: Sequence[Rollout], rows: Sequence[int]) -> list[list[int]]:
     """Consecutive rows of the same group, together."""
     runs: list[list[int]] = []
     for row in rows:
@@ -95,7 +95,7 @@ def _runs(rollouts: Sequence[Rollout], rows: Sequence[int]) -> list[list[int]]:
     return runs
 
 
-def as_rows(values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+def pad_to_rows(values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Per-token values [N] as one row per reply, [R, longest], with the mask [R, longest] of what is real."""
     if not lengths:
         return values.new_zeros(0, 1) + values.sum(), torch.zeros(0, 1, dtype=torch.bool, device=values.device)
@@ -104,8 +104,8 @@ def as_rows(values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     return padded, torch.arange(padded.shape[1], device=values.device) < sizes[:, None]
 
 
-def minibatch_rows(rollouts: Sequence[Rollout], prompts: int) -> list[list[int]]:
-    """Which rollouts each mini-batch holds: whole groups, `prompts` of them, in order."""
+def split_into_minibatches(rollouts: Sequence[Rollout], prompts: int) -> list[list[int]]:
+    """The indices of the rollouts of each mini-batch: `prompts` whole groups each, in order."""
     groups: dict[int, list[int]] = {}
     for row, rollout in enumerate(rollouts):
         groups.setdefault(rollout.group, []).append(row)
@@ -113,20 +113,20 @@ def minibatch_rows(rollouts: Sequence[Rollout], prompts: int) -> list[list[int]]
     return [sum(rows[start : start + prompts], []) for start in range(0, len(rows), prompts)]
 
 
-def plan(
+def plan_microbatches(
     rollouts: Sequence[Rollout], rows: Sequence[int], budget: int, ranks: int, pair_cost: float = 0.0
 ) -> list[list[list[int]]]:
-    """Deal a mini-batch to `ranks` ranks in micro-batches of at most `budget` tokens: [rank][micro-batch] -> rows.
+    """Micro-batches of at most `budget` tokens for each of `ranks` ranks: [rank][micro-batch] -> indices of rollouts.
 
-    Every rank gets the same number of micro-batches (an empty one where there is too little work), the j-th ones of
-    all ranks of about equal cost, because they run in step. The cost is tokens + `pair_cost` · (query, key) pairs,
-    in units of a token (`model_config.pair_cost`). A group is split, its prompt repeated, only where it is over the
-    budget; one sequence over the budget gets a micro-batch to itself. Greedy, the costliest first; the plan depends on
-    nothing but its arguments, so every rank computes the same.
+    Every rank gets the same number of micro-batches (an empty one where there is too little work), and the j-th ones
+    of all ranks cost about the same, because they run at the same time. The cost is tokens + `pair_cost` · (query, key)
+    pairs, in units of a token (`model_config.pair_cost`). A group is split, its prompt repeated, only where it exceeds
+    the budget; one sequence over the budget gets a micro-batch of its own. Greedy, largest cost first. The plan depends
+    only on the arguments, so every rank computes the same one.
     """
     pieces = [
         _measured(rollouts, piece, pair_cost)
-        for run in _runs(rollouts, rows)
+        for run in _group_runs(rollouts, rows)
         for piece in _split(rollouts, run, budget)
     ]
     pieces.sort(key=lambda piece: -piece.cost)  # ties keep their order

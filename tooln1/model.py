@@ -1,8 +1,8 @@
 """Qwen2.5 (and LLaMA 3) by hand: decoder, loading and Hugging Face export.
 
 The model knows nothing of caches, packing or sharding. It is called on a flat stream of tokens and is handed the
-attention to use: `model(tokens, positions, attend)`. Whether the stream is one prompt, forty packed sequences or one
-new token for each of 320 rows is the business of `attend` (see attention.py).
+attention to use: `model(tokens, positions, attend)`. The stream may be one prompt, forty packed sequences, or one new
+token for each of 320 replies: only `attend` knows (attention.py, sampler/paged_attention.py).
 
 Shapes, here and everywhere else:
     T packed tokens   B rows   H query heads   K key/value heads   D head dim   C hidden   V vocabulary   G group size
@@ -66,8 +66,8 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | str) -> Tens
     scaling = config.rope_scaling
     if scaling is None:
         return freq
-    # A frequency that turns often within the original context stays, a slow one is divided by `factor`, between
-    # the two bounds the answer is interpolated.
+    # A frequency that turns often within the original context is kept, a slow one is divided by `factor`; between the
+    # two bounds the result is interpolated.
     turns = scaling.original_max_position_embeddings * freq / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
@@ -89,7 +89,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """The projections of grouped-query attention; the attention itself is `attend`, which the model is handed."""
+    """The projections of grouped-query attention; the attention itself is the `attend` that the model is handed."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -139,22 +139,22 @@ class Block(nn.Module):
         return self._compute(x, cos, sin, attend)
 
     def _compute(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        q, k, v = self.before(x, cos, sin)
-        return self.after(x, attend(self.self_attn.layer, q, k, v))
+        q, k, v = self.project_qkv(x, cos, sin)  # [T, H, D], [T, K, D], [T, K, D]
+        return self.add_outputs(x, attend(self.self_attn.layer, q, k, v))
 
-    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the tokens ask, q [T, H, D], and what they offer, k and v [T, K, D]."""
+    def project_qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, H, D], k and v [T, K, D] of the normalised x [T, C], q and k rotated."""
         return self.self_attn.project(self.input_layernorm(x), cos, sin)
 
-    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """The residual stream [T, C] with what attention found, [T, H, D], and the MLP added."""
-        x = x + self.self_attn.o_proj(mixed.flatten(-2))
+    def add_outputs(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The residual stream x [T, C] plus the projected attention output [T, H, D] plus the MLP of that."""
+        x = x + self.self_attn.o_proj(attended.flatten(-2))
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def compile_parts(self) -> None:
-        """Have torch.compile fuse what stands before and after the attention, once for all blocks and lengths."""
-        self.before = torch.compile(self.before, dynamic=True)
-        self.after = torch.compile(self.after, dynamic=True)
+        """torch.compile the two parts around the attention, for any number of tokens."""
+        self.project_qkv = torch.compile(self.project_qkv, dynamic=True)
+        self.add_outputs = torch.compile(self.add_outputs, dynamic=True)
 
 
 class Decoder(nn.Module):
@@ -174,8 +174,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.source: Path | None = None  # where it was loaded from; export copies the tokenizer from there
-        # Ids that can occur: those of the tokenizer, where that is known. Qwen2.5 pads the head with ids that no
-        # tokenizer has; what is never drawn must not have a share in the log-probabilities either.
+        # Number of ids that can occur: those of the tokenizer, where it is known. Qwen2.5 pads the head with ids that
+        # no tokenizer has; they are never sampled, so they must not take part in the log-probabilities either.
         self.vocabulary = config.vocab_size
         self.model = Decoder(config)
         self.lm_head = None if config.tie_word_embeddings else _head(config)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tooln1.attention import packed_attention
-from tooln1.batch import PackedBatch, as_rows
+from tooln1.batch import PackedBatch, pad_to_rows
 from tooln1.distributed import Reduce, full_tensor, local_reduce, next_microbatch, reshard
 from tooln1.grpo import aggregate, clipped_policy_loss, clipped_tokens, k3_kl, token_logprobs
 from tooln1.model import Transformer
@@ -35,7 +35,7 @@ def batch_logprobs(
 
 
 @torch.no_grad()
-def with_logprobs(
+def add_logprobs(
     batches: Sequence[PackedBatch],
     policy: Transformer,
     reference: Transformer | None,
@@ -92,7 +92,7 @@ class PolicyLoss:
             values = values + self.kl_coef * kl
         if self.entropy_coef:
             values = values - self.entropy_coef * entropy
-        return aggregate(*as_rows(values, batch.lengths), self.aggregation, total), sums
+        return aggregate(*pad_to_rows(values, batch.lengths), self.aggregation, total), sums
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _sum(values: Tensor) -> tuple[float, float]:
     return values.detach().sum().item(), float(values.numel())
 
 
-def scheduled_rate(step: int, steps: int, peak: float, schedule: str, warmup_ratio: float) -> float:
+def scheduled_learning_rate(step: int, steps: int, peak: float, schedule: str, warmup_ratio: float) -> float:
     """Learning rate of `step` (from 0) of `steps`: linear warm-up to `peak`, then "constant" or "cosine" to 0."""
     warmup = int(warmup_ratio * steps)
     if step < warmup:
