@@ -267,33 +267,23 @@ def test_format_reply_reads_back(thought):
 
 def hostile(size: int) -> dict[str, str]:
     """Texts of about `size` characters made to be slow to read."""
-
-    def of(unit: str) -> str:
-        return unit * (size // len(unit))
-
+    units = {
+        "opened": "<tool_call>",
+        "closed": "</tool_call>",
+        "empty blocks": "<tool_call></tool_call>",
+        "markers": "<|im_start|>assistant",
+        "surrogates": "\ud83d",
+    }
+    texts = {name: unit * (size // len(unit)) for name, unit in units.items()}
     payloads = {
-        "lists": "[" + of("[],") + "[]]",
-        "calls": "[" + ",".join(["{}"] * (size // 3)) + "]",
+        "lists": "[" + "[]," * (size // 3) + "[]]",
         "integers": "[" + ",".join(["9" * 4300] * (size // 4301)) + "]",
         "integer": "9" * size,
-        "fraction": "0." + "1" * size,
-        "deep lists": of("["),
-        "deep objects": of('{"a":'),
-        "escapes": '["' + of("\\ud800") + '"]',
-        "spaces": " " * size + "x",
-        "string in string": json.dumps(of("[")),
+        "deep objects": '{"a":' * (size // 5),
+        "escapes": '["' + "\\ud800" * (size // 6) + '"]',
+        "string in string": json.dumps("[" * size),
     }
-    bare = {
-        "opened": of("<tool_call>"),
-        "closed": of("</tool_call>"),
-        "empty blocks": of("<tool_call></tool_call>"),
-        "thinks": of("<think>"),
-        "almost tags": of("<tool_call"),
-        "markers": of("<|im_start|>assistant"),
-        "zeros": "\0" * size,
-        "surrogates": "\ud83d" * size,
-    }
-    return bare | {name: f"<think></think>{block(payload)}" for name, payload in payloads.items()}
+    return texts | {name: f"<think></think>{block(payload)}" for name, payload in payloads.items()}
 
 
 @pytest.mark.parametrize("name", hostile(1000))
