@@ -11,12 +11,10 @@ Each reply is scored twice. The main score is level 1 by equality.
                                lists, which is what the last turn of a case asks for
     ToolRL soft match          `soft_match`: any of the calls is right
 
-Neither is the official score, which executes the call and compares the results. Against its verdicts on 1,721
-recorded calls, intact and altered, equality agrees in 1,586 (92.2 %). Equal but wrong there are 84: a list as the
-string that is recorded (55), results that hang on earlier turns, which are not replayed (17), parameters that the
-tool does not have (6), the letter case of a recorded result (6). Unequal but right are 51: space around a value (21),
-numbers and lists in their own type (11), letter case (8), text and fields that the tool compares loosely or not at
-all (11). How the paper scored is not known; its figures are not comparable.
+Neither is the official score, which executes the call and compares the results. Equality agrees with its verdicts on
+1,586 of 1,721 recorded calls, intact and altered (92.2 %): 84 are equal but wrong there, most of them lists written as
+the recorded string, and 51 are unequal but right, most of them for space, case or the type of a number. How the paper
+scored is not known; its figures are not comparable.
 The last call block of a reply counts, as in training, and reasoning is not looked for.
 """
 

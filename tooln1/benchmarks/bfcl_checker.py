@@ -45,29 +45,25 @@ JAVASCRIPT = Language("JavaScript", JAVASCRIPT_TYPES, ("array",), javascript_val
 
 def ast_fault(category: str, calls: list[Call], gold: list[Gold], functions: list[dict], language: Language) -> str:
     """The first fault of a reply's calls; the category's name decides which comparison is made."""
-    if "parallel" in category:
-        compare, checker = _parallel_fault, "parallel_function_checker_no_order"
-    else:
-        compare, checker = _single_fault, f"{'multiple' if 'multiple' in category else 'simple'}_function_checker"
+    parallel = "parallel" in category
+    checker = "parallel" if parallel else "multiple" if "multiple" in category else "simple"
     if len(calls) != len(gold):
-        return f"{checker}:wrong_count"
+        return f"{checker}_function_checker{'_no_order' if parallel else ''}:wrong_count"
+    described = {function["name"]: function for function in reversed(functions)}
     try:
-        return compare(calls, gold, {function["name"]: function for function in reversed(functions)}, language)
+        if parallel:
+            return _parallel_fault(calls, gold, described, language)
+        return call_fault(calls[0], gold[0], described[next(iter(gold[0]))], language)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         return f"raises:{type(error).__name__}"
 
 
-def _single_fault(calls: list[Call], gold: list[Gold], functions: dict[str, dict], language: Language) -> str:
-    """The fault of the one call."""
-    return call_fault(calls[0], gold[0], functions[[*gold[0]][0]], language)
-
-
-def _parallel_fault(calls: list[Call], gold: list[Gold], functions: dict[str, dict], language: Language) -> str:
+def _parallel_fault(calls: list[Call], gold: list[Gold], described: dict[str, dict], language: Language) -> str:
     """Each gold call takes the first remaining call that is right for it, in order and without backtracking."""
     remaining = list(calls)
     for wanted in gold:
-        (name,) = wanted
-        right = (n for n, call in enumerate(remaining) if not call_fault(call, wanted, functions[name], language))
+        function = described[next(iter(wanted))]
+        right = (n for n, call in enumerate(remaining) if not call_fault(call, wanted, function, language))
         place = next(right, None)
         if place is None:
             return "parallel_function_checker_no_order:cannot_find_match"
@@ -178,13 +174,8 @@ def list_fault(value: list, accepted: list) -> str:
 
 def dict_fault(value: Any, accepted: list) -> str:
     """A dict passes by one of the accepted ones; the fault is that against the last of them."""
-    fault = "dict_checker:unclear"
-    for option in accepted:
-        if isinstance(option, dict):
-            fault = _entries_fault(value, option)
-            if not fault:
-                break
-    return fault
+    faults = [_entries_fault(value, option) for option in accepted if isinstance(option, dict)]
+    return "" if "" in faults else ["dict_checker:unclear", *faults][-1]
 
 
 def _entries_fault(value: Any, option: dict[str, list | str]) -> str:
@@ -203,16 +194,14 @@ def _entries_fault(value: Any, option: dict[str, list | str]) -> str:
 
 def dicts_fault(value: list, accepted: list) -> str:
     """A list of dicts passes by one of the accepted lists, dict by dict in order."""
-    fault = "list_dict_checker:unclear"
+    faults = ["list_dict_checker:unclear"]
     for option in _lists(accepted):
         if len(value) != len(option):
-            fault = "value_error:list_dict_count"
-            continue
-        faults = (dict_fault(item, [wanted]) for item, wanted in zip(value, option, strict=True))
-        fault = next(filter(None, faults), "")
-        if not fault:
-            break
-    return fault
+            faults.append("value_error:list_dict_count")
+        else:
+            by_item = (dict_fault(item, [wanted]) for item, wanted in zip(value, option, strict=True))
+            faults.append(next(filter(None, by_item), ""))
+    return "" if "" in faults else faults[-1]
 
 
 _VALUE_FAULTS: dict[type, Callable[[Any, list], str]] = {str: string_fault, list: list_fault, dict: dict_fault}

@@ -31,56 +31,12 @@ LANGUAGES = {"simple_java": JAVA, "simple_javascript": JAVASCRIPT}  # all others
 V3_CATEGORIES = {"simple": "simple_python", "java": "simple_java", "javascript": "simple_javascript"}
 V3_IDS = {"live_multiple_1052-79-0": "live_multiple_1052-279-0"}
 
-# Entries that nobody wins by what the question asks for: no value of the declared type is accepted, or a parameter is
-# demanded that does not exist. (An oddity: simple_java_64 takes an empty map.)
-NEVER_RIGHT = (
-    "simple_java_36",
-    "simple_java_64",
-    "simple_java_65",
-    "live_simple_106-63-0",
-    "live_simple_112-68-0",
-    "live_multiple_862-181-3",
-    "live_multiple_964-207-0",
-)
-
-# Entries of bfcl-eval 2026.3.23 that are new or other than on 2025-04-13 (gorilla 9108a65), which the paper used,
-# and live_relevance_16-16-0, which was dropped.
-CHANGED_SINCE_PAPER = (
-    "simple_python_363",
-    "simple_javascript_41",
-    "parallel_84",
-    "parallel_155",
-    "parallel_158",
-    "parallel_170",
-    "parallel_multiple_141",
-    "live_simple_137-90-0",
-    "live_simple_138-91-0",
-    "live_simple_205-116-13",
-    "live_multiple_44-17-0",
-    "live_multiple_1052-279-0",
-    "live_parallel_9-5-0",
-    "irrelevance_7",
-    "irrelevance_232",
-    "live_irrelevance_882-882-0",
-    "live_irrelevance_883-883-0",
-    "live_relevance_3-3-0",
-    "live_relevance_13-13-0",
-    "live_relevance_14-14-0",
-    "live_relevance_15-15-0",
-    "live_relevance_16-16-0",
-)
-
 
 @dataclass(frozen=True)
 class BfclCase(Case):
     """A question of BFCL. `gold`: accepted values as `bfcl_checker.Gold`; [] for no call, "any call" for one."""
 
     functions: list[dict]  # as the data describe them; `example.tools` is what the model sees
-
-
-def language_of(category: str) -> Language:
-    """The language that the calls of a category are written in."""
-    return LANGUAGES.get(category, PYTHON)
 
 
 # ------------------------------------------------------------------------------------------------------- files
@@ -142,7 +98,7 @@ def _id(row: dict) -> str:
 
 def _case(category: str, where: str, row: dict, gold: Any, seen: set[str]) -> BfclCase:
     """The case of one question; `seen` collects the ids of all."""
-    language = language_of(category)
+    language = LANGUAGES.get(category, PYTHON)
     if category in AST:
         _check_shape(row["function"], gold, language)
     (turns,) = row["question"]
