@@ -3,14 +3,13 @@
 import gzip
 import json
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from conftest import shared
 
 from tooln1.benchmarks import Tally, Verdict, acebench, benchmark, row_by_rule
-from tooln1.benchmarks.acebench import CATEGORIES, TEXT, AceCase, load, score, score_text, totals
+from tooln1.benchmarks.acebench import CATEGORIES, DECODED, TEXT, AceCase, load, score, score_text, totals
 from tooln1.benchmarks.acebench_checker import base_name
 from tooln1.io.errors import UserError
 from tooln1.prompt import build_messages, format_reply
@@ -22,16 +21,10 @@ def test_golden_verdicts_and_faults_are_equal():
     cases = {case.id: case for case in load(shared("data/acebench"))}
     with gzip.open(shared("data/golden/golden_acebench_dev.jsonl.gz"), "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    wrong = []
     for row in rows:
-        case = cases[row["id"]]
-        if row["mode"] == "text":
-            verdict = score_text(case, row["text"])
-        else:
-            verdict = score(case, format_reply(row["model_output"]))
-        if (verdict.ok, verdict.why) != (row["official_valid"], row["error_type"] or ""):
-            wrong.append((row["id"], row["mode"], row["mutation"], verdict))
-    assert not wrong[:5]
+        case, by_text = cases[row["id"]], row["mode"] == "text"
+        verdict = score_text(case, row["text"]) if by_text else score(case, format_reply(row["model_output"]))
+        assert (verdict.ok, verdict.why) == (row["official_valid"], row["error_type"] or ""), row
 
 
 def test_the_answers_themselves_reach_the_known_ceilings():
@@ -80,22 +73,15 @@ QUESTION = {
 }
 
 
-def rows_of(place: int) -> tuple[dict, dict]:
-    return QUESTION | {"id": f"case_{place}"}, {"id": f"case_{place}", "ground_truth": GOLD}
-
-
-def files_of(category: str, rows: Iterable[dict]) -> dict[str, str]:
-    """File name -> text, of the questions and of the answers."""
-    names = f"data_{category}.json", f"possible_answer/data_{category}.json"
-    return {name: json.dumps(row) + "\n" for name, row in zip(names, rows, strict=True)}
-
-
-def write(folder: Path, text: dict[str, str] | None = None) -> Path:
-    """A folder with one case in each category; `text` replaces whole files."""
+def write(folder: Path, question: dict | None = None, answer: dict | None = None) -> Path:
+    """A folder with one case in each category; question, answer: changed keys of the first one."""
     (folder / "possible_answer").mkdir(parents=True)
     for place, category in enumerate(CATEGORIES):
-        for name, content in files_of(category, rows_of(place)).items():
-            (folder / name).write_text((text or {}).get(name, content), encoding="utf-8")
+        rows = [QUESTION | {"id": f"case_{place}"}, {"id": f"case_{place}", "ground_truth": GOLD}]
+        if place == 0:
+            rows = [rows[0] | (question or {}), rows[1] | (answer or {})]
+        for name, row in zip((".", "possible_answer"), rows, strict=True):
+            (folder / name / f"data_{category}.json").write_text(json.dumps(row), encoding="utf-8")
     return folder
 
 
@@ -111,44 +97,28 @@ def test_a_case_is_what_the_data_say(tmp_path):
         {"role": "assistant", "content": "How long?"},
         {"role": "user", "content": "2 nights."},
     ]
-    assert example.tools == [
-        {"name": "taxi", "description": "Calls a taxi.", "parameters": {"type": "object"}},
-        BOOK,
-    ]
+    assert example.tools == [{"name": "taxi", "description": "Calls a taxi.", "parameters": {"type": "object"}}, BOOK]
     assert cases[0].gold == GOLD and cases[0].golds == [GOLD]
-
-
-def changed(question: dict | None = None, **answer) -> dict[str, str]:
-    """The first category's files with changed keys."""
-    first_question, first_answer = rows_of(0)
-    return files_of(CATEGORIES[0], (first_question | (question or {}), first_answer | answer))
 
 
 def with_schema(schema) -> dict:
     return {"function": [BOOK | {"parameters": {"properties": {"city": schema}, "required": []}}]}
 
 
-FIRST, ANSWERS = f"data_{CATEGORIES[0]}.json", f"possible_answer/data_{CATEGORIES[0]}.json"
-
-
 @pytest.mark.parametrize(
-    ("files", "words"),
+    ("question", "answer", "words"),
     [
-        ({FIRST: "{"}, f"{FIRST}, line 1: not valid JSON"),
-        (changed(id="b_0"), f'{FIRST}, line 1: .*{ANSWERS} has no answer to "case_0"'),
-        (changed({"id": "case_1"}, id="case_1"), f'data_{CATEGORIES[1]}.json, line 1: the id "case_1" was given'),
-        (changed({"question": "A room"}), f"{FIRST}, line 1: not a row as the benchmark has them"),
-        (changed({"question": "user: a\nsystem: b"}), "messages must end with a user or tool turn"),
-        (changed(ground_truth={"f": {}}), "the answer calls 'f', which the question does not offer"),
-        (changed(with_schema({"type": "colour"})), "parameter 'city' of 'hotel_book' is of an unknown type"),
+        ({}, {"id": "b_0"}, 'line 1: .*possible_answer/data_normal_atom_bool.json has no answer to "case_0"'),
+        ({"id": "case_1"}, {"id": "case_1"}, f'data_{CATEGORIES[1]}.json, line 1: the id "case_1" was given'),
+        ({"question": "A room"}, {}, "data_normal_atom_bool.json, line 1: not a row as the benchmark has them"),
+        ({"question": "user: a\nsystem: b"}, {}, "messages must end with a user or tool turn"),
+        ({}, {"ground_truth": {"f": {}}}, "the answer calls 'f', which the question does not offer"),
+        (with_schema({"type": "colour"}), {}, "parameter 'city' of 'hotel_book' is of an unknown type"),
     ],
 )
-def test_mangled_data_are_named_with_file_and_row(tmp_path, files, words):
+def test_mangled_data_are_named_with_file_and_row(tmp_path, question, answer, words):
     with pytest.raises(UserError, match=words):
-        load(write(tmp_path / "data", files))
-
-
-def test_missing_data_are_named(tmp_path):
+        load(write(tmp_path / "data", question, answer))
     with pytest.raises(UserError, match="holds no ACEBench data: expected data_normal_atom_bool.json"):
         load(tmp_path)
 
@@ -181,15 +151,14 @@ def test_a_reply_is_scored_as_calls_and_as_text():
 
 
 def test_totals_are_unweighted_means_by_both_rules():
-    tallies = {category: Tally(place, 50) for place, category in enumerate(CATEGORIES)}
-    tallies |= {row_by_rule(category, TEXT): Tally(0, 50) for category in CATEGORIES}
-    tallies[CATEGORIES[-1]] = Tally(100, 100)
-    assert totals(tallies) == {
-        "atom, official text": 0,
-        "single-turn, official text": 0,
-        "overall, official text": 0,
-        "atom, decoded calls": pytest.approx(0.05),
-        "single-turn, decoded calls": pytest.approx(0.56),
-        "overall, decoded calls": pytest.approx(1.42 / 8),
+    tallies = {category: Tally(place, 50) for place, category in enumerate(CATEGORIES)} | {
+        CATEGORIES[-1]: Tally(100, 100)
     }
+    tallies |= {row_by_rule(category, TEXT): Tally(0, 50) for category in CATEGORIES}
+    figures = totals(tallies)
+    assert list(figures.values()) == [0, 0, 0, *map(pytest.approx, (0.05, 0.56, 1.42 / 8))]
+    assert [*figures][2:] == [
+        f"overall, {TEXT}",
+        *(f"{name}, {DECODED}" for name in ("atom", "single-turn", "overall")),
+    ]
     assert totals({"normal_atom_bool": Tally(1, 2)}) == {}

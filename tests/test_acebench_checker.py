@@ -21,23 +21,17 @@ TAXI = {"name": "taxi", "arguments": {}}
         ("string", "5", 5, "type_error"),
         ("string", "true", "true", "type_error"),  # the string counts as a boolean
         ("string", 5, 7, ""),  # of gold's type instead of the declared one: not compared
-        ("string", 5, [], "type_error"),
         ("integer", 5, -70, ""),  # numbers are compared by type only
-        ("integer", 5, True, "type_error"),
         ("integer", 1, True, ""),  # but what equals gold passes
         ("integer", 5, 5.0, ""),
-        ("number", 1.5, 2, ""),
         ("float", 1.5, 2, ""),
         ("boolean", True, False, ""),
-        ("boolean", True, "false", ""),
         ("enum", "red", "blue", ""),
         ("tuple", [1, 2], (2, 1), "value_error"),  # elements are dicts unless declared
         ("list", ["A b"], ["ab"], ""),
-        ("list", ["a", "b"], ["b", "a"], "value_error:list/tuple"),
         ("strings", ["A b"], ["ab"], ""),
         ("strings", [], [], "type_error"),  # there is nothing in gold to fit
         ("strings", [["a"]], ["b"], "value_error:list/tuple"),
-        ("strings", [["a"]], [5], "type_error"),
         ("array", [{"a": 1}], [{"a": 1}, {"a": 1}], "value_error:list_dict_count"),
         ("array", [{"a": 1}], [{"a": 21}], ""),  # 1 occurs in 21
         ("array", [{"a": 1}], ["a"], "value_error"),
@@ -45,7 +39,6 @@ TAXI = {"name": "taxi", "arguments": {}}
         ("object", {}, {}, "type_error"),
         ("object", {"a": "x"}, {"a": "X.", "b": 1}, "value_error"),
         ("object", {"a": "x"}, {"a": "x" * 3}, ""),
-        ("object", {"a": True}, {"a": "true"}, ""),
         ("object", {"a": "true"}, {"a": "true"}, "value_error"),
         ("object", {"a": ["x y"]}, {"a": ["xy"]}, "value_error"),  # lists in dicts as printed
         ("object", {"a": {"b": "x"}}, {"a": {"b": "ax"}}, ""),
@@ -61,14 +54,12 @@ def test_types_and_values(schema, gold, value, fault):
     ("calls", "gold", "fault"),
     [
         ([B], [B], ""),
-        ([], [B], "wrong functions number"),
         ([("taxi", B)], [B], "function_mismatch"),
         ([("hotel_book_1", B)], [B], "function_mismatch"),  # the number is the answer's, not the function's
         ([B, A], [A, B], ""),
         ([{"city": "Aachen-Bonn"}, A], [A, B], ""),  # one call satisfies both
         ([A, A], [A, B], "value_error:string"),
         ([{}], [B], "wrong_param"),
-        ([B], [{}], "wrong_param"),
         ([{"nights": 2}], [B], "lack_args"),
         ([B | {"nights": 2}], [B], "addition_args"),  # not in the answer
         ([B | {"colour": 2}], [B | {"colour": 2}], "addition_args"),  # not among the parameters

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import math
 from collections import Counter
 
 import pytest
@@ -11,8 +10,6 @@ from conftest import shared
 
 from tooln1.benchmarks import Tally, bfcl
 from tooln1.prompt import format_reply
-
-DICT = {"a": ["x y", 1], "b": ["", 2]}
 
 # ---------------------------------------------------------------------------------------------- official verdicts
 
@@ -25,16 +22,12 @@ def cases() -> dict[str, bfcl.BfclCase]:
 def test_golden_verdicts_and_error_types_are_equal(cases):
     with gzip.open(shared("data/golden/golden_bfcl_dev.jsonl.gz"), "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    wrong = []
     for row in rows:
-        case, expected = cases[row["id"]], (row["official_valid"], row["error_type"] or "")
-        verdicts = [bfcl.score_output(case, row["model_output"])]
+        verdicts = [bfcl.score_output(cases[row["id"]], row["model_output"])]
         if row["completion"] is not None:
-            verdicts.append(bfcl.score(case, row["completion"]))
-        wrong += [
-            (row["id"], row["mutation"], verdict) for verdict in verdicts if (verdict.ok, verdict.why) != expected
-        ]
-    assert not wrong[:5]
+            verdicts.append(bfcl.score(cases[row["id"]], row["completion"]))
+        for verdict in verdicts:
+            assert (verdict.ok, verdict.why) == (row["official_valid"], row["error_type"] or ""), row
 
 
 def test_accepted_answers_fed_back_reach_the_ceilings(cases):
@@ -101,9 +94,7 @@ OUTPUTS = [  # what the call block holds, the fault in a category of calls, whet
     ([{"name": "f", "arguments": '{"p": 1}'}], MALFORMED, False),
     ([], WRONG_COUNT, False),
     ({}, WRONG_COUNT, False),
-    (None, FAILED, False),
     ("[]", FAILED, False),
-    ([{}], FAILED, False),
     ([{"name": "f"}], FAILED, False),
     ([{"name": [], "arguments": {}}], FAILED, False),
 ]
@@ -136,16 +127,6 @@ REPLIES = [
 @pytest.mark.parametrize(("reply", "fault"), REPLIES)
 def test_the_first_block_of_a_reply_counts(tmp_path, reply, fault):
     assert bfcl.score(make_case(tmp_path, accepted={"p": [1]}, p=typed("integer")), reply).why == fault
-
-
-@pytest.mark.parametrize(
-    "value", ["a" * 2**21, "\ud800", "9" * 4000, ["x"] * 2**16, {"k": [{}] * 2**15}, math.nan, -math.inf, 10**4000]
-)
-def test_extreme_values_are_wrong(tmp_path, value):
-    kinds = {"i": typed("float"), "s": typed("string"), "l": typed("array", "dict"), "d": typed("dict")}
-    case = make_case(tmp_path, accepted={"i": [1.0, ""], "s": ["a", ""], "l": [[DICT], ""], "d": [DICT, ""]}, **kinds)
-    for name in kinds:
-        assert not bfcl.score(case, format_reply([{"name": "f", "arguments": {"d": {}, name: value}}])).ok
 
 
 # --------------------------------------------------------------------------------------------------------- export
