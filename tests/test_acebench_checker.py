@@ -2,7 +2,7 @@
 
 import pytest
 
-from tooln1.benchmarks.acebench_checker import argument_fault, calls_fault
+from tooln1.benchmarks.acebench_checker import calls_fault
 
 A, B = {"city": "Aachen"}, {"city": "Bonn"}
 BOOK = {
@@ -18,86 +18,53 @@ TAXI = {"name": "taxi", "arguments": {}}
         ("string", "New York", "new-york, NY", ""),  # gold within the value
         ("string", "new york, NY", "New York", "value_error:string"),
         ("string", "", "anything", ""),
-        ("string", "", 5, "type_error"),
         ("string", "5", 5, "type_error"),
         ("string", "true", "true", "type_error"),  # the string counts as a boolean
         ("string", 5, 7, ""),  # of gold's type instead of the declared one: not compared
-        ("string", 5, "x", ""),
-        ("string", 5, [], "type_error"),
         ("integer", 5, -70, ""),  # numbers are compared by type only
-        ("integer", 5, True, "type_error"),
         ("integer", 1, True, ""),  # but what equals gold passes
         ("integer", 5, 5.0, ""),
-        ("integer", 5, 5.5, "type_error"),
-        ("number", 1.5, 2, ""),
-        ("number", 2, 1.5, "type_error"),
         ("float", 1.5, 2, ""),
         ("boolean", True, False, ""),
-        ("boolean", True, "false", ""),
-        ("boolean", True, "False", "type_error"),
-        ("boolean", True, None, "type_error"),
         ("enum", "red", "blue", ""),
-        ("enum", "red", 1, "type_error"),
         ("tuple", [1, 2], (2, 1), "value_error"),  # elements are dicts unless declared
-        ("list(string)", ["a"], ["b"], "value_error:list/tuple"),
         ("list", ["A b"], ["ab"], ""),
-        ("list", ["a", "b"], ["b", "a"], "value_error:list/tuple"),
-        ("list", [1], [True], ""),
         ("strings", ["A b"], ["ab"], ""),
         ("strings", [], [], "type_error"),  # there is nothing in gold to fit
-        ("strings", ["a"], {"a": 1}, "type_error"),
         ("strings", [["a"]], ["b"], "value_error:list/tuple"),
-        ("strings", [["a"]], [5], "type_error"),
-        ("strings", {"a": 1}, {"b": 2}, ""),
         ("array", [{"a": 1}], [{"a": 1}, {"a": 1}], "value_error:list_dict_count"),
         ("array", [{"a": 1}], [{"a": 21}], ""),  # 1 occurs in 21
         ("array", [{"a": 1}], ["a"], "value_error"),
         ("array", ["a"], [{}], "raises:AttributeError"),
         ("object", {}, {}, "type_error"),
         ("object", {"a": "x"}, {"a": "X.", "b": 1}, "value_error"),
-        ("object", {"a": "x"}, {"b": "x"}, "value_error"),
         ("object", {"a": "x"}, {"a": "x" * 3}, ""),
-        ("object", {"a": True}, {"a": "true"}, ""),
         ("object", {"a": "true"}, {"a": "true"}, "value_error"),
         ("object", {"a": ["x y"]}, {"a": ["xy"]}, "value_error"),  # lists in dicts as printed
-        ("object", {"a": ["x", "y"]}, {"a": "['x', 'y']"}, "value_error"),
         ("object", {"a": {"b": "x"}}, {"a": {"b": "ax"}}, ""),
-        ("object", {"a": {"b": "x"}}, {"a": "b"}, "value_error"),
-        ("object", {"a": 1}, [], "type_error"),
     ],
 )
 def test_types_and_values(schema, gold, value, fault):
     schema = {"type": "array", "items": {"type": "string"}} if schema == "strings" else {"type": schema}
-    if fault.startswith("raises"):
-        with pytest.raises(AttributeError):
-            argument_fault(value, gold, schema)
-        parameters = {"properties": {"p": schema}, "required": []}
-        found = calls_fault([("f", {"p": value})], {"f": {"p": gold}}, [{"name": "f", "parameters": parameters}])
-        assert found == fault
-    else:
-        assert argument_fault(value, gold, schema) == fault
+    function = {"name": "f", "parameters": {"properties": {"p": schema}, "required": []}}
+    assert calls_fault([("f", {"p": value})], {"f": {"p": gold}}, [function]) == fault
 
 
 @pytest.mark.parametrize(
     ("calls", "gold", "fault"),
     [
         ([B], [B], ""),
-        ([], [B], "wrong functions number"),
-        ([B, B], [B], "wrong functions number"),
         ([("taxi", B)], [B], "function_mismatch"),
         ([("hotel_book_1", B)], [B], "function_mismatch"),  # the number is the answer's, not the function's
         ([B, A], [A, B], ""),
-        ([B, ("taxi", A)], [A, B], "function_mismatch"),
         ([{"city": "Aachen-Bonn"}, A], [A, B], ""),  # one call satisfies both
         ([A, A], [A, B], "value_error:string"),
         ([{}], [B], "wrong_param"),
-        ([B], [{}], "wrong_param"),
         ([{"nights": 2}], [B], "lack_args"),
         ([B | {"nights": 2}], [B], "addition_args"),  # not in the answer
         ([B | {"colour": 2}], [B | {"colour": 2}], "addition_args"),  # not among the parameters
         ([B], [B | {"nights": 2}], ""),  # what is not required may be left out
         ([{"city": 5, "nights": "x"}], [B | {"nights": 2}], "type_error"),  # the first fault, in the call's order
-        ([{"nights": "x", "city": "y"}], [B | {"nights": 2}], "type_error"),
     ],
 )
 def test_calls(calls, gold, fault):
@@ -112,22 +79,6 @@ def test_the_fault_is_that_of_the_last_call_looked_at():
     last_is_another = [("hotel_book", A), ("other", {"x": "y"})]
     assert calls_fault(last_is_another, gold, functions) == "simple_function_checker:unclear"
     assert calls_fault(last_is_another[::-1], gold, functions) == "value_error:string"
-
-
-def test_functions_are_counted_with_repetition():
-    other = {"name": "other", "parameters": {"properties": {"x": {"type": "string"}}, "required": []}}
-    gold = {"hotel_book": B, "other": {"x": "y"}, "other_1": {"x": "y"}}
-    calls = [("hotel_book", B), ("other", {"x": "y"})]
-    assert calls_fault([*calls, calls[1]], gold, [BOOK, other]) == ""
-    assert calls_fault([*calls, calls[0]], gold, [BOOK, other]) == "function_mismatch"
-
-
-def test_a_value_too_deep_to_print_is_a_fault():
-    deep = []
-    for _ in range(100_000):
-        deep = [deep]
-    function = {"name": "f", "parameters": {"properties": {"p": {"type": "object"}}, "required": []}}
-    assert calls_fault([("f", {"p": {"x": deep}})], {"f": {"p": {"x": 1}}}, [function]) == "raises:RecursionError"
 
 
 def test_functions_without_parameters_and_names_that_end_in_a_number():

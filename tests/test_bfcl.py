@@ -2,18 +2,14 @@
 
 import gzip
 import json
-import math
-import random
-import time
+from collections import Counter
 
 import pytest
-from bfcl_fixtures import function, gold_calls, make_case, mutated, typed, write_category
+from bfcl_fixtures import function, gold_calls, make_case, typed, write_category
 from conftest import shared
 
 from tooln1.benchmarks import Tally, bfcl
 from tooln1.prompt import format_reply
-
-DICT = {"a": ["x y", 1], "b": ["", 2]}
 
 # ---------------------------------------------------------------------------------------------- official verdicts
 
@@ -26,48 +22,22 @@ def cases() -> dict[str, bfcl.BfclCase]:
 def test_golden_verdicts_and_error_types_are_equal(cases):
     with gzip.open(shared("data/golden/golden_bfcl_dev.jsonl.gz"), "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    assert len(rows) == 12242
-    wrong = []
     for row in rows:
-        case, expected = cases[row["id"]], (row["official_valid"], row["error_type"] or "")
-        verdicts = [bfcl.score_output(case, row["model_output"])]
+        verdicts = [bfcl.score_output(cases[row["id"]], row["model_output"])]
         if row["completion"] is not None:
-            verdicts.append(bfcl.score(case, row["completion"]))
-        wrong += [
-            (row["id"], row["mutation"], verdict) for verdict in verdicts if (verdict.ok, verdict.why) != expected
-        ]
-    assert not wrong[:5]
+            verdicts.append(bfcl.score(cases[row["id"]], row["completion"]))
+        for verdict in verdicts:
+            assert (verdict.ok, verdict.why) == (row["official_valid"], row["error_type"] or ""), row
 
 
-def test_accepted_answers_fed_back_reach_the_ceilings_in_time(cases):
-    replies = {name: format_reply(gold_calls(case), "t") for name, case in cases.items()}
-    start = time.process_time()
-    right = {name: bfcl.score(case, replies[name]).ok for name, case in cases.items()}
-    assert time.process_time() - start < 5
+def test_accepted_answers_fed_back_reach_the_ceilings(cases):
+    right = {name: bfcl.score(case, format_reply(gold_calls(case), "t")).ok for name, case in cases.items()}
     assert {name for name, ok in right.items() if not ok} == set(bfcl.NEVER_RIGHT)
-    by_category = {}
-    for name, case in cases.items():
-        before = by_category.get(case.category, Tally(0, 0))
-        by_category[case.category] = Tally(before.right + right[name], before.count + 1)
-    assert list(by_category) == list(bfcl.CATEGORIES)
-    assert {name: tally.count for name, tally in by_category.items()} == {
-        "simple_python": 400,
-        "simple_java": 100,
-        "simple_javascript": 50,
-        "multiple": 200,
-        "parallel": 200,
-        "parallel_multiple": 200,
-        "irrelevance": 240,
-        "live_simple": 258,
-        "live_multiple": 1053,
-        "live_parallel": 16,
-        "live_parallel_multiple": 24,
-        "live_irrelevance": 884,
-        "live_relevance": 16,
-    }
-    assert by_category["simple_java"].right == 97
-    assert by_category["live_simple"].right == 256 and by_category["live_multiple"].right == 1051
-    assert math.isclose(bfcl.totals(by_category)["simple"], 0.99)
+    counts = Counter(case.category for case in cases.values())
+    assert list(counts) == list(bfcl.CATEGORIES) and counts.items() >= COUNTS.items()
+    oks = Counter(case.category for name, case in cases.items() if right[name])
+    tallies = {category: Tally(oks[category], count) for category, count in counts.items()}
+    assert bfcl.totals(tallies)["simple"] == pytest.approx(0.99)
 
 
 def test_the_entries_changed_since_the_paper_are_named(cases):
@@ -78,21 +48,14 @@ def test_the_entries_changed_since_the_paper_are_named(cases):
 
 # --------------------------------------------------------------------------------------------------------- totals
 
+COUNTS = {
+    **{"simple_python": 400, "simple_java": 100, "simple_javascript": 50},
+    **{"multiple": 200, "parallel": 200, "parallel_multiple": 200},
+    **{"live_simple": 258, "live_multiple": 1053, "live_parallel": 16, "live_parallel_multiple": 24},
+}
 PAPER = {  # right replies in the order of COUNTS; the paper's simple, non-live, live and overall
     "7B": ((324, 70, 40, 190, 189, 181, 212, 847, 10, 17), (77.00, 89.25, 80.38, 84.82)),
     "14B": ((367, 70, 40, 192, 187, 184, 217, 854, 13, 16), (80.58, 90.52, 81.42, 85.97)),
-}
-COUNTS = {
-    "simple_python": 400,
-    "simple_java": 100,
-    "simple_javascript": 50,
-    "multiple": 200,
-    "parallel": 200,
-    "parallel_multiple": 200,
-    "live_simple": 258,
-    "live_multiple": 1053,
-    "live_parallel": 16,
-    "live_parallel_multiple": 24,
 }
 
 
@@ -109,24 +72,14 @@ def test_the_papers_own_rows_are_reproduced(model):
     row = {name: Tally(number, COUNTS[name]) for name, number in zip(COUNTS, right, strict=True)}
     assert figures(row) == dict(zip(("simple", "non-live", "live", "overall"), expected, strict=True))
     relevance = {"irrelevance": Tally(120, 240), "live_irrelevance": Tally(0, 882), "live_relevance": Tally(18, 18)}
-    live = (sum(right[6:]) + 18) / (1351 + 900)
     result = figures(row | relevance)
-    assert result["irrelevance mean"] == 25.00 and result["live with relevance"] == round(100 * live, 2)
-    assert result["overall with relevance"] == pytest.approx((expected[1] + 100 * live) / 2, abs=0.01)
-    assert list(result)[-1] == "overall" and result["overall"] == expected[-1]
+    assert result["irrelevance mean"] == 25.00 and list(result)[-1] == "overall" and result["overall"] == expected[-1]
+    assert result["live with relevance"] == round(100 * (sum(right[6:]) + 18) / (1351 + 900), 2)
 
 
-@pytest.mark.parametrize(
-    ("missing", "left"),
-    [
-        ("simple_java", ["live"]),
-        ("parallel", ["simple", "live"]),
-        ("live_parallel", ["simple", "non-live"]),
-    ],
-)
-def test_what_cannot_be_computed_is_absent(missing, left):
-    row = {name: Tally(1, count) for name, count in COUNTS.items() if name != missing}
-    assert list(bfcl.totals(row)) == left
+def test_what_cannot_be_computed_is_absent():
+    row = {name: Tally(1, count) for name, count in COUNTS.items() if name != "parallel"}
+    assert list(bfcl.totals(row)) == ["simple", "live"]
 
 
 # ------------------------------------------------------------------------------------------- replies and decoding
@@ -136,26 +89,13 @@ FAILED, MALFORMED = "ast_decoder:decoder_failed", "ast_decoder:decoder_wrong_out
 WRONG_COUNT = "simple_function_checker:wrong_count"
 OUTPUTS = [  # what the call block holds, the fault in a category of calls, whether it counts as a call
     ([CALL], "", True),
-    ([CALL | {"id": 7}], "", True),
     ([{"name": "g", "arguments": {}}], "simple_function_checker:wrong_func_name", True),
-    ([{"name": None, "arguments": {}}], "simple_function_checker:wrong_func_name", True),
     ([CALL, {"name": "f", "arguments": None}], MALFORMED, False),
     ([{"name": "f", "arguments": '{"p": 1}'}], MALFORMED, False),
-    ([{"name": "f", "arguments": []}], MALFORMED, False),
     ([], WRONG_COUNT, False),
-    ("", WRONG_COUNT, False),
     ({}, WRONG_COUNT, False),
-    (CALL, FAILED, False),
-    (None, FAILED, False),
-    (0, FAILED, False),
-    (True, FAILED, False),
     ("[]", FAILED, False),
-    ([[]], FAILED, False),
-    ([{}], FAILED, False),
-    (["f"], FAILED, False),
-    ([CALL, None], FAILED, False),
     ([{"name": "f"}], FAILED, False),
-    ([{"arguments": {}}], FAILED, False),
     ([{"name": [], "arguments": {}}], FAILED, False),
 ]
 
@@ -164,92 +104,29 @@ OUTPUTS = [  # what the call block holds, the fault in a category of calls, whet
 def test_decoding_and_relevance(tmp_path, output, fault, is_call):
     case = make_case(tmp_path / "calls", accepted={"p": [1]}, p=typed("integer"))
     no_call, any_call = "irrelevance_error:decoder_success", "relevance_error:decoder_failed"
-    expected = {"irrelevance": no_call * is_call, "live_irrelevance": no_call * is_call}
-    for category, relevance_fault in (expected | {"live_relevance": any_call * (not is_call)}).items():
+    expected = {"irrelevance": no_call * is_call, "live_relevance": any_call * (not is_call)}
+    for category, relevance_fault in expected.items():
         relevance = make_case(tmp_path / category, category, p=typed("integer"))
-        assert bfcl.score_output(relevance, output).why == relevance_fault
         assert bfcl.score(relevance, f"<tool_call>{json.dumps(output)}</tool_call>").why == relevance_fault
-    assert bfcl.score_output(case, output).why == fault
     assert bfcl.score(case, f"<tool_call>{json.dumps(output)}</tool_call>", think=False).why == fault
 
 
-@pytest.mark.parametrize(
-    ("reply", "fault"),
-    [
-        (format_reply([CALL], "t"), ""),
-        (format_reply([CALL]) + format_reply([]), ""),
-        (format_reply([]) + format_reply([CALL]), WRONG_COUNT),
-        ("<tool_call>\n" + json.dumps([CALL], indent=1) + "\n</tool_call><|im_end|>", ""),
-        ("<think><tool_call> is a tag</think>" + format_reply([CALL]), FAILED),
-        (json.dumps([CALL]), FAILED),
-        ("<tool_call>" + json.dumps([CALL]), FAILED),
-        ("<tool_call>[f(p=1)]</tool_call>", FAILED),
-        ("<tool_call>[" + "9" * 5000 + "]</tool_call>", FAILED),
-        ("<tool_call>" + "[" * 100_000 + "</tool_call>", FAILED),
-        ("<tool_call>" + "[" * 100_000 + "]" * 100_000 + "</tool_call>", FAILED),
-        ("", FAILED),
-    ],
-)
+REPLIES = [
+    (format_reply([CALL], "t"), ""),
+    (format_reply([CALL]) + format_reply([]), ""),
+    (format_reply([]) + format_reply([CALL]), WRONG_COUNT),
+    ("<tool_call>\n" + json.dumps([CALL], indent=1) + "\n</tool_call><|im_end|>", ""),
+    ("<think><tool_call> is a tag</think>" + format_reply([CALL]), FAILED),
+    ("<tool_call>" + json.dumps([CALL]), FAILED),
+    ("<tool_call>[" + "9" * 5000 + "]</tool_call>", FAILED),
+    ("<tool_call>" + "[" * 100_000 + "]" * 100_000 + "</tool_call>", FAILED),
+    ("", FAILED),
+]
+
+
+@pytest.mark.parametrize(("reply", "fault"), REPLIES)
 def test_the_first_block_of_a_reply_counts(tmp_path, reply, fault):
     assert bfcl.score(make_case(tmp_path, accepted={"p": [1]}, p=typed("integer")), reply).why == fault
-
-
-# ----------------------------------------------------------------------------------------------------- robustness
-
-
-def test_no_reply_raises(tmp_path):
-    """Mutated replies, in their values and in their text, to a case of every kind."""
-    kinds = {"i": typed("integer"), "s": typed("string"), "l": typed("array", "dict"), "d": typed("dict")}
-    accepted = {"i": [1, ""], "s": ["a b"], "l": [[DICT], ""], "d": [DICT, ""]}
-    java = {
-        "i": typed("integer"),
-        "s": typed("HashMap"),
-        "l": typed("ArrayList", "String"),
-        "d": typed("Array", "long"),
-    }
-    script = {"i": typed("float"), "s": typed("dict"), "l": typed("array", "String"), "d": typed("array", "float")}
-    source = {"i": [1], "s": [{"a": [1]}], "l": [["a", "b"]], "d": [[1, 2], ""]}
-    cases = [
-        make_case(tmp_path / "python", accepted=accepted, **kinds),
-        make_case(tmp_path / "java", "simple_java", source, **java),
-        make_case(tmp_path / "javascript", "simple_javascript", source, **script),
-        make_case(tmp_path / "parallel", "parallel", gold=[{"f": accepted}] * 2, functions=[function(**kinds)]),
-        make_case(tmp_path / "irrelevance", "irrelevance", **kinds),
-        make_case(tmp_path / "relevance", "live_relevance", **kinds),
-    ]
-    rng, pieces, faults = random.Random(0), '[]{}(),:"\\<>/ n0e-', {}
-    for number in range(6000):
-        case = cases[number % len(cases)]
-        text = format_reply(mutated(gold_calls(case), rng), "t")
-        for _ in range(rng.choice([0, 0, 1, 3])):
-            place = rng.randrange(len(text))
-            text = text[:place] + rng.choice(["", rng.choice(pieces), text[:place]]) + text[place + rng.randrange(3) :]
-        verdict = bfcl.score(case, text)
-        assert verdict.ok == (verdict.why == "") and bfcl.score(case, text) == verdict
-        faults[verdict.why] = faults.get(verdict.why, 0) + 1
-    assert len(faults) > 15 and faults[""] > 100, faults
-
-
-LONG = 10_000_000
-
-
-@pytest.mark.parametrize(
-    "value",
-    ["a" * 2**21, "\ud800", "9" * 4000, "-" * 2**21, ["x"] * 2**18, {"k": [{}] * 2**18}, math.nan, -math.inf, 10**4000],
-    ids=lambda value: str(type(value).__name__),
-)
-def test_extreme_values_are_wrong_and_fast(tmp_path, value):
-    kinds = {"i": typed("float"), "s": typed("string"), "l": typed("array", "dict"), "d": typed("dict")}
-    case = make_case(tmp_path, accepted={"i": [1.0, ""], "s": ["a", ""], "l": [[DICT], ""], "d": [DICT, ""]}, **kinds)
-    start = time.process_time()
-    for name in kinds:
-        assert not bfcl.score(case, format_reply([{"name": "f", "arguments": {"d": {}, name: value}}])).ok
-    assert time.process_time() - start < 5
-    nested = [value]
-    for _ in range(100_000):
-        nested = [nested]
-    assert not bfcl.score_output(case, [{"name": "f", "arguments": {"s": nested}}]).ok
-    assert bfcl.score(case, "x" * LONG).why == bfcl.score(case, "<tool_call>" * (LONG // 11)).why == FAILED
 
 
 # --------------------------------------------------------------------------------------------------------- export
@@ -257,13 +134,6 @@ def test_extreme_values_are_wrong_and_fast(tmp_path, value):
 
 def test_exported_results_decode_to_the_same_calls(tmp_path):
     """As bfcl-eval's xLAM-2 handler decodes them; scripts/cross_check_bfcl.py has bfcl-eval itself score them."""
-
-    def decoded(result: str):
-        try:
-            calls = json.loads(result)
-            return [{call["name"]: call["arguments"]} for call in (calls if isinstance(calls, list) else [calls])]
-        except (ValueError, TypeError, KeyError):
-            return None
 
     names = [f"simple_java_{number}" for number in range(len(OUTPUTS))]
     write_category(tmp_path, "simple_java", [function()], [{"f": {}}], ids=[*names, "simple_java_99"])
@@ -279,5 +149,6 @@ def test_exported_results_decode_to_the_same_calls(tmp_path):
     ]
     rows = [json.loads(line) for line in files[0].read_text().splitlines()]
     assert [row["id"] for row in rows] == names  # and none for the case without a reply
-    assert [decoded(row["result"]) for row in rows] == [bfcl.decoded(output) for output, *_ in OUTPUTS]
+    for row, (output, *_) in zip(rows, OUTPUTS, strict=True):
+        assert row["result"] == ("" if bfcl.decoded(output) is None else json.dumps(output or []))
     assert json.loads(files[1].read_text()) == {"id": "live_relevance_0", "result": ""}

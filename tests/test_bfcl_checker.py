@@ -1,7 +1,5 @@
 """BFCL's comparison of calls, rule by rule on cases made here; test_bfcl.py has the official verdicts."""
 
-import math
-
 import pytest
 from bfcl_fixtures import function, make_case, typed, why
 
@@ -16,72 +14,33 @@ VALUES = [  # declared type, accepted values, the argument, the fault
     (typed("integer"), [5], 6, OTHERS),
     (typed("integer"), [5], 5.0, SIMPLE),
     (typed("integer"), [1], True, SIMPLE),
-    (typed("integer"), [5], "5", SIMPLE),
-    (typed("integer"), [5], None, SIMPLE),
-    (typed("integer"), [None], None, ""),
-    (typed("integer"), [None], 5, OTHERS),
     (typed("float"), [5.0], 5, ""),
-    (typed("float"), [5], 5, ""),
     (typed("float"), [5], 5.5, OTHERS),
-    (typed("float"), [5.0], True, SIMPLE),
-    (typed("float"), [5.0], math.nan, OTHERS),
     (typed("float"), [5.0], 10**400, "raises:OverflowError"),
-    (typed("boolean"), [True], True, ""),
     (typed("boolean"), [True], 1, SIMPLE),
-    (typed("boolean"), [True], "true", SIMPLE),
     (typed("string"), ["St. John's"], 'st JOHN"S', ""),
     (typed("string"), ["New York, NY"], "new-york/ny_*^", ""),
-    (typed("string"), ["a"], "a\n", STRING),
     (typed("string"), ["a"], "a\u00a0", STRING),
-    (typed("string"), ["a;b"], "ab", STRING),
-    (typed("string"), ["é"], "e", STRING),
-    (typed("string"), ["", "a"], "", ""),
-    (typed("string"), ["a"], "", STRING),
-    (typed("string"), [7], 7, ""),
     (typed("string"), [7, "a b"], "ab", OTHERS),
     (typed("string"), [7, "a b"], "a b", ""),
-    (typed("any"), ["a"], "A", ""),
-    (typed("any"), ["a"], 1, SIMPLE),
-    (typed("array", "integer"), [[1, 2]], [1, 2], ""),
     (typed("array", "integer"), [[1, 2]], [2, 1], LIST),
     (typed("array", "integer"), [[1, 2]], [1, "2"], NESTED),
-    (typed("array", "integer"), [[1, 2]], [1, True], NESTED),
-    (typed("array", "integer"), [[1, 2]], 1, SIMPLE),
-    (typed("array", "float"), [[1, 2]], [1, 2], ""),
-    (typed("array", "float"), [[1, 2]], [1.0, 2], ""),
-    (typed("array", "float"), [[1.0, 2.0]], [1, 2], NESTED),
     (typed("array", "string"), [["A b", "c"]], ["ab", "C."], ""),
-    (typed("array", "string"), [["a"], ["b"]], ["b"], ""),
     (typed("array", "string"), [["a"], ""], [], ""),
     (typed("array", "string"), [["a"], ""], [1], LIST),
-    (typed("array", "string"), [["a"]], [], LIST),
-    (typed("array", "string"), [], ["a"], SIMPLE),
-    (typed("array", "string"), ["names"], "names", ""),
     (typed("array", "string"), ["names"], "Names", OTHERS),
-    (typed("array", "array"), [[["a b"]]], [["a b"]], ""),
     (typed("array", "array"), [[["a b"]]], [["A b"]], LIST),
-    (typed("tuple", "float"), [[1.0]], [1.0], ""),
     (typed("dict"), [DICT], {"a": "XY"}, ""),
     (typed("dict"), [DICT], {"b": 2, "a": True}, ""),
-    (typed("dict"), [DICT], {"a": 1.0, "b": 3}, VALUE),
-    (typed("dict"), [DICT], {"a": "x", "c": 1}, VALUE),
-    (typed("dict"), [DICT], {"c": 1}, KEY),
     (typed("dict"), [DICT], {"a": 1, "c": 1}, KEY),
-    (typed("dict"), [DICT], {"b": 2}, KEY),
-    (typed("dict"), [DICT], {"b": 3}, KEY),
     (typed("dict"), [DICT, {"c": [1]}], {"c": 1}, ""),
     (typed("dict"), [""], {}, "dict_checker:unclear"),
-    (typed("dict"), [{"a": [["x y"]]}], {"a": ["x y"]}, ""),
     (typed("dict"), [{"a": [["x y"]]}], {"a": ["xy"]}, VALUE),
     (typed("dict"), [{"a": "xyz"}], {"a": "y"}, ""),
-    (typed("dict"), [{"a": "xyz"}], {"a": "xyz"}, VALUE),
-    (typed("dict"), [{"a": "xyz"}], {}, ""),
-    (typed("dict"), ["settings"], "settings", ""),
     (typed("array", "dict"), [[DICT, DICT]], [{"a": 1}, {"a": "xy", "b": 2}], ""),
     (typed("array", "dict"), [[DICT]], [{"a": 1}, {"a": 1}], COUNT),
     (typed("array", "dict"), [[DICT]], [{"a": 2}], VALUE),
     (typed("array", "dict"), [[DICT]], [1], NESTED),
-    (typed("array", "dict"), [[DICT], ""], [], ""),
     (typed("array", "dict"), [[DICT], ""], [1], "raises:AttributeError"),
     (typed("array", "dict"), [[DICT], ["", DICT]], [{}, {"a": 1}], "dict_checker:unclear"),
 ]
@@ -111,14 +70,6 @@ def test_faults_of_a_call_come_in_order(tmp_path):
     assert fault(a=2) == OTHERS
     assert fault(a=1, b=2) == "missing_optional"
     assert why(case, {"a": 1, "c": 3}, {"a": 1, "c": 3}, name="geo.f") == why(case) == checker + "wrong_count"
-
-
-def test_several_functions_are_told_apart_by_the_answer(tmp_path):
-    functions = [function("f", p=typed("string")), function("g", required=["p"], p=typed("integer"))]
-    case = make_case(tmp_path, "live_multiple", gold=[{"g": {"p": [1]}}], functions=functions)
-    assert why(case, {"p": 1}, name="g") == ""
-    assert why(case, {"p": 1}, name="f") == "simple_function_checker:wrong_func_name"
-    assert why(case, {"p": 1}, {"p": 1}, name="g") == why(case) == "multiple_function_checker:wrong_count"
 
 
 def test_parallel_calls_are_matched_greedily_in_any_order(tmp_path):

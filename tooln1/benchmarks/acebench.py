@@ -18,17 +18,17 @@ from __future__ import annotations
 import os
 import re
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from tooln1.benchmarks import Case, Tally, Verdict, row_by_rule
 from tooln1.benchmarks.acebench_checker import TYPES, Gold, base_name, calls_fault, described
 from tooln1.benchmarks.acebench_text import Call, UnreadableText, read_text, write_text
+from tooln1.benchmarks.rows import read_pairs, row_errors
 from tooln1.data import checked_example
 from tooln1.io.errors import UserError
-from tooln1.io.jsonl import field, kind_of, read_rows
 from tooln1.prompt import XLAM_SYSTEM, parse_reply
 
 ATOM = tuple(f"normal_atom_{kind}" for kind in ("bool", "enum", "number", "list", "object_short", "object_deep"))
@@ -109,8 +109,8 @@ def load(path: str | os.PathLike) -> list[AceCase]:
     """The cases of the eight categories, in the order of CATEGORIES.
 
     path: an ACEBench checkout, or a folder with its files data_normal_atom_bool.json, ... and, in possible_answer/,
-    others of the same names. Raises UserError for a missing file and, naming file and row, for rows that are not of
-    ACEBench's shape, ids given twice and answers to other questions.
+    others of the same names. Raises UserError for a missing file and, naming file and row, for questions without an
+    answer, rows that are not of ACEBench's shape and ids given twice.
     """
     first = f"data_{CATEGORIES[0]}.json"
     folder = next((folder for name in FOLDERS if (folder := Path(path, name)) and (folder / first).exists()), None)
@@ -120,90 +120,60 @@ def load(path: str | os.PathLike) -> list[AceCase]:
             "as an ACEBench checkout has them"
         )
     seen: set[str] = set()
-    return [case for category in CATEGORIES for case in _cases(category, folder, seen)]
+    cases = []
+    for category in CATEGORIES:
+        name = f"data_{category}.json"
+        for where, row, gold in read_pairs(folder / name, folder / "possible_answer" / name, itemgetter("id")):
+            with row_errors(where):
+                cases.append(_case(category, where, row, gold, seen))
+    return cases
 
 
-def _cases(category: str, folder: Path, seen: set[str]) -> Iterator[AceCase]:
-    """The cases of one category; `seen` collects the ids of all."""
-    questions = read_rows(folder / f"data_{category}.json")
-    answers = _answers(questions, folder / "possible_answer" / f"data_{category}.json")
-    for (where, row), (answered, answer) in zip(questions, answers, strict=True):
-        functions, gold = field(row, "function", list, where), answer.get("ground_truth")
-        example = {
-            "id": field(row, "id", str, where),
-            "source": category,
-            "system": XLAM_SYSTEM,
-            "tools": [_tool(function, where) for function in functions],
-            "messages": _messages(row, where),
-            "answer": [],
-        }
-        case = AceCase(row["id"], category, checked_example(example, where, seen), gold, functions)
-        for gold in case.golds or [None]:
-            _check_gold(gold, functions, answered)
-        yield case
+def _case(category: str, where: str, row: dict, gold: Any, seen: set[str]) -> AceCase:
+    """The case of one question; `seen` collects the ids of all."""
+    example = {
+        "id": row["id"],
+        "source": category,
+        "system": XLAM_SYSTEM,
+        "tools": [_tool(function) for function in row["function"]],
+        "messages": _messages(row["question"], row.get("time", "")),
+        "answer": [],
+    }
+    case = AceCase(row["id"], category, checked_example(example, where, seen), gold, row["function"])
+    for gold in case.golds:
+        _check_shape(gold, case.functions)
+    return case
 
 
-def _answers(questions: list[tuple[str, dict]], file: Path) -> list[tuple[str, dict]]:
-    """The rows of a file of answers, which has one for each question, in the same order."""
-    answers = read_rows(file)
-    for (asked, question), (answered, answer) in zip(questions, answers, strict=False):
-        if field(answer, "id", str, answered) != field(question, "id", str, asked):
-            raise UserError(f'{answered}: the id is "{answer["id"]}", but {asked} asks "{question["id"]}"')
-    if len(answers) != len(questions):
-        raise UserError(f"{file} has {len(answers)} answers to {len(questions)} questions; is a file cut off?")
-    return answers
-
-
-def _messages(row: dict, where: str) -> list[dict]:
+def _messages(question: str, time: str) -> list[dict]:
     """The turns of a question, one text "user: ...\\nsystem: ...\\n", where "system" is the assistant.
 
     The current time, where a case has one, goes before the first turn, so that no wording of the prompt loses it.
     """
-    question, time = field(row, "question", str, where), row.get("time", "")
-    before, *parts = re.split(r"^(user|system):", question, flags=re.MULTILINE)
-    if before.strip() or not parts or not isinstance(time, str):
-        raise UserError(f'{where}: "question" must begin with "user:" or "system:", and "time" be a string')
+    _, *parts = re.split(r"^(user|system):", question, flags=re.MULTILINE)
     roles = [{"user": "user", "system": "assistant"}[role] for role in parts[::2]]
     texts = [text.strip() for text in parts[1::2]]
     texts[0] = f"{time}\n{texts[0]}" if time else texts[0]
     return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
 
 
-def _tool(function: Any, where: str) -> dict:
+def _tool(function: dict) -> dict:
     """A function as the model sees it: name, description, parameters.
 
     The data write the parameters of most functions that are not the answer as "arguments", with "results" and
     "tags" beside them. All functions are shown alike, lest the key give the answer away.
     """
-    if not isinstance(function, dict):
-        raise UserError(f'{where}: "function" must hold objects, found {kind_of(function)}')
-    key = "parameters" if "parameters" in function else "arguments"
-    parts = {"name": str, "description": str, key: dict}
-    name, description, parameters = (field(function, part, kind, where) for part, kind in parts.items())
-    return {"name": name, "description": description, "parameters": parameters}
+    parameters = function["parameters"] if "parameters" in function else function["arguments"]
+    return {"name": function["name"], "description": function["description"], "parameters": parameters}
 
 
-def _check_gold(gold: Any, functions: list[dict], where: str) -> None:
-    """Every gold call has arguments, and is to a function with parameters of known types."""
-    if not isinstance(gold, dict) or not gold:
-        raise UserError(f'{where}: "ground_truth" must be {{function: {{parameter: value}}}} or a list of such')
-    for key in gold:
-        field(gold, key, dict, f"{where}, ground_truth")
+def _check_shape(gold: Gold, functions: list[dict]) -> None:
+    """Every gold call has arguments, and is to a function with parameters of known types. Raises LookupError."""
+    for key, arguments in gold.items():
+        arguments.keys()
         function = described(key, functions)
         if function is None:
-            raise UserError(f"{where}: the answer calls {base_name(key)!r}, which the question does not offer")
-        place = f"{where}, function {function['name']!r}"
-        parameters = field(function, "parameters", dict, place)
-        field(parameters, "required", list, place)
-        for name, schema in field(parameters, "properties", dict, place).items():
-            _check_type(schema, f"{place}, parameter {name!r}")
-
-
-def _check_type(schema: Any, where: str) -> None:
-    """A parameter has a known type, and its elements one or none."""
-    items = schema.get("items") if isinstance(schema, dict) else None
-    for part, needed in ((schema, True), (items, False)):
-        if needed or (isinstance(part, dict) and "type" in part):
-            kind = field(part, "type", str, where) if isinstance(part, dict) else None
-            if kind not in TYPES:
-                raise UserError(f"{where}: unknown type {kind!r}; known are {', '.join(TYPES)}")
+            raise LookupError(f"the answer calls {base_name(key)!r}, which the question does not offer")
+        for name, schema in function["parameters"]["properties"].items():
+            if not {schema["type"], (schema.get("items") or schema).get("type", "any")} <= TYPES.keys():
+                raise LookupError(f"parameter {name!r} of {function['name']!r} is of an unknown type")

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tooln1.benchmarks.acebench_text import Call
+from tooln1.benchmarks.bfcl_checker import normalized
 
 Gold = dict[str, dict[str, Any]]  # {function name, perhaps with a number: {parameter: value}}
 
@@ -149,22 +150,15 @@ def _as_boolean(value: Any) -> Any:
 
 # ------------------------------------------------------------------------------------------------------ values
 
-_IGNORED = str.maketrans("", "", " ,./-_*^")
-
-
-def _normal(value: Any) -> Any:
-    """A string without case and some punctuation (as in BFCL); anything else as it is."""
-    return value.translate(_IGNORED).lower().replace("'", '"') if isinstance(value, str) else value
-
 
 def string_fault(value: str, gold: str) -> str:
     """The gold string occurs in the value."""
-    return "" if _normal(gold) in _normal(value) else "value_error:string"
+    return "" if normalized(gold) in normalized(value) else "value_error:string"
 
 
 def list_fault(value: list, gold: list) -> str:
     """Equal lists, their own strings in normal form."""
-    return "" if [*map(_normal, value)] == [*map(_normal, gold)] else "value_error:list/tuple"
+    return "" if [*map(normalized, value)] == [*map(normalized, gold)] else "value_error:list/tuple"
 
 
 def dict_fault(value: Any, gold: dict) -> str:
@@ -175,7 +169,7 @@ def dict_fault(value: Any, gold: dict) -> str:
         if isinstance(gold[key], dict):
             if fault := dict_fault(_as_boolean(item), gold[key]):
                 return fault
-        elif str(_normal(gold[key])) not in str(_normal(_as_boolean(item))):
+        elif str(normalized(gold[key])) not in str(normalized(_as_boolean(item))):
             return "value_error"
     return ""
 

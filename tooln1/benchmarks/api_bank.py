@@ -11,12 +11,10 @@ Each reply is scored twice. The main score is level 1 by equality.
                                lists, which is what the last turn of a case asks for
     ToolRL soft match          `soft_match`: any of the calls is right
 
-Neither is the official score, which executes the call and compares the results. Against its verdicts on 1,721
-recorded calls, intact and altered, equality agrees in 1,586 (92.2 %). Equal but wrong there are 84: a list as the
-string that is recorded (55), results that hang on earlier turns, which are not replayed (17), parameters that the
-tool does not have (6), the letter case of a recorded result (6). Unequal but right are 51: space around a value (21),
-numbers and lists in their own type (11), letter case (8), text and fields that the tool compares loosely or not at
-all (11). How the paper scored is not known; its figures are not comparable.
+Neither is the official score, which executes the call and compares the results. Equality agrees with its verdicts on
+1,586 of 1,721 recorded calls, intact and altered (92.2 %): 84 are equal but wrong there, most of them lists written as
+the recorded string, and 51 are unequal but right, most of them for space, case or the type of a number. How the paper
+scored is not known; its figures are not comparable.
 The last call block of a reply counts, as in training, and reasoning is not looked for.
 """
 
@@ -30,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from tooln1.benchmarks import Case, Tally, Verdict, row_by_rule
+from tooln1.benchmarks.rows import row_errors
 from tooln1.data import checked_example
 from tooln1.io.errors import UserError
-from tooln1.io.jsonl import field, kind_of, read_rows
+from tooln1.io.jsonl import read_rows
 from tooln1.prompt import XLAM_SYSTEM, parse_reply, read_json
 from tooln1.rewards import reply_fault
 
@@ -112,44 +111,39 @@ def load(path: str | os.PathLike) -> list[Case]:
     that are not of API-Bank's shape, ids given twice and tools without a description.
     """
     path = Path(path)
-    dialogues = {folder: _dialogues(found) for folder in LEVELS if (found := _samples(path, folder))}
+    dialogues = [(folder, *dialogue) for folder in LEVELS for dialogue in _dialogues(path, folder)]
     if not dialogues:
         raise UserError(
             f"{path} holds no API-Bank dialogues: expected {' or '.join(LEVELS)} there or under lv1-lv2-samples, "
             "as in the official api-bank folder"
         )
     tools, seen = _tools(path), set()
-    return [
-        case
-        for folder, found in dialogues.items()
-        for name, turns in found
-        for case in _cases(folder, name, turns, tools, seen)
-    ]
+    return [case for dialogue in dialogues for case in _cases(*dialogue, tools, seen)]
 
 
 def _cases(folder: str, name: str, turns: list[tuple[str, dict]], tools: dict, seen: set[str]) -> Iterator[Case]:
     """The cases of one dialogue, [(where, turn)]; `seen` collects the ids of all."""
-    called = {turn["api_name"]: where for where, turn in reversed(turns) if turn["role"] == "API"}
-    searches = LEVELS[folder] == "level 2"
-    if searches and SEARCH not in called:
+    called = {}  # name -> tool, in the order of the calls
+    for where, turn in turns:
+        with row_errors(where):
+            if _messages(turn) and turn["role"] == "API" and turn["api_name"] != SEARCH:
+                called[turn["api_name"]] = tools[turn["api_name"]]
+    is_level_2 = LEVELS[folder] == "level 2"
+    if is_level_2 and not any(turn.get("api_name") == SEARCH for _, turn in turns):
         return
-    offered = sorted(called.keys() - {SEARCH} if searches else called)
-    for api in offered:
-        if api not in tools:
-            raise UserError(f"{called[api]}: the tool {api!r} is called, but nothing describes it")
     asked = set()
     for number, index in enumerate(_official_samples([turn for _, turn in turns])):
         where, turn = turns[index]
-        if turn["role"] != "API" or (searches and (turn["api_name"] == SEARCH or index in asked)):
+        if turn.get("api_name") not in called or (is_level_2 and index in asked):
             continue
         asked.add(index)
+        past = [earlier for _, earlier in turns[:index] if earlier.get("api_name") != SEARCH]
         answer = [{"name": turn["api_name"], "arguments": turn["param_dict"]}]
-        past = [earlier for _, earlier in turns[:index] if earlier.get("api_name") != SEARCH or not searches]
         example = {
             "id": f"{folder}/{name}/{number}",
             "source": LEVELS[folder],
             "system": XLAM_SYSTEM,
-            "tools": [tools[api] for api in offered],
+            "tools": [called[api] for api in sorted(called)],
             "answer": answer,
             "messages": [
                 *(message for earlier in past for message in _messages(earlier)),
@@ -183,85 +177,56 @@ def _messages(turn: dict) -> list[dict]:
 SAMPLE_FOLDERS = (".", "lv1-lv2-samples", "api-bank/lv1-lv2-samples")
 
 
-def _samples(path: Path, folder: str) -> Path | None:
-    """The folder or file of a level's dialogues."""
-    places = [path / place / f"{folder}{end}" for end in ("", ".jsonl") for place in SAMPLE_FOLDERS]
-    return next((place for place in places if place.exists()), None)
-
-
-def _dialogues(found: Path) -> list[tuple[str, list[tuple[str, dict]]]]:
-    """[(name, [(where, turn)])] of a level, by name."""
-    if found.is_dir():
-        files = [file for file in sorted(found.glob("*.jsonl")) if file.stat().st_size]  # one official file is empty
-        if not files:
-            raise UserError(f"{found} holds no dialogues: expected files such as QueryStock-level-1-1.jsonl")
-        dialogues = [(file.stem, read_rows(file)) for file in files]
-    else:
-        dialogues = []
-        for where, row in read_rows(found):
-            turns = enumerate(field(row, "turns", list, where))
-            named = Path(field(row, "file", str, where)).stem
-            dialogues.append((named, [(f"{where}, turn {number}", turn) for number, turn in turns]))
-    for _, turns in dialogues:
-        for where, turn in turns:
-            _check_turn(turn, where)
-    return dialogues
-
-
-def _check_turn(turn: Any, where: str) -> None:
-    if not isinstance(turn, dict):
-        raise UserError(f"{where}: expected a turn, found {kind_of(turn)}")
-    shapes = {
-        "User": {"text": str},
-        "AI": {"text": str},
-        "API": {"api_name": str, "param_dict": dict, "result": dict},
-    }
-    role = field(turn, "role", str, where)
-    if role not in shapes:
-        raise UserError(f'{where}: unknown role "{role}"; known are {", ".join(shapes)}')
-    for key, kind in shapes[role].items():
-        field(turn, key, kind, where)
+def _dialogues(path: Path, folder: str) -> Iterator[tuple[str, list[tuple[str, dict]]]]:
+    """(name, [(where, turn)]) of each dialogue of a level, by name; none where the level is not there."""
+    for place in (path / samples / folder for samples in SAMPLE_FOLDERS):
+        if place.is_dir():
+            files = (
+                file for file in sorted(place.glob("*.jsonl")) if file.stat().st_size
+            )  # one official file is empty
+            yield from ((file.stem, read_rows(file)) for file in files)
+            return
+        if place.with_suffix(".jsonl").exists():
+            for where, row in read_rows(place.with_suffix(".jsonl")):
+                with row_errors(where):
+                    turns = [(f"{where}, turn {number}", turn) for number, turn in enumerate(row["turns"])]
+                    yield Path(row["file"]).stem, turns
+            return
 
 
 def _tools(path: Path) -> dict[str, dict]:
     """Name -> tool as the model sees it: name, description, parameters."""
-    folders = [path / "api-bank", path, *list(path.resolve().parents)[:2]]
-    for folder in folders:
+    for folder in (path / "api-bank", path, *list(path.resolve().parents)[:2]):
         if (folder / "api_docs.json").exists():
             rows = read_rows(folder / "api_docs.json")
             break
         if files := sorted((folder / "apis").glob("*.py")):
-            rows = [row for file in files for row in _documents(file)]
+            rows = [row for file in files for row in _class_rows(file)]
             break
     else:
         raise UserError(
             f"nothing describes the tools of {path}: expected api_docs.json "
             '([{"name", "description", "input_parameters"}, ...]) or the official apis folder, there or one above'
         )
-    return {
-        field(row, "name", str, where): {
-            "name": row["name"],
-            "description": field(row, "description", str, where),
-            "parameters": field(row, "input_parameters", dict, where),
-        }
-        for where, row in rows
-    }
+    tools = {}
+    for where, row in rows:
+        with row_errors(where):
+            name, description, parameters = (row[key] for key in ("name", "description", "input_parameters"))
+            tools[name] = {"name": name, "description": description, "parameters": parameters}
+    return tools
 
 
-def _documents(file: Path) -> Iterator[tuple[str, dict]]:
+def _class_rows(file: Path) -> Iterator[tuple[str, dict]]:
     """The tools that an official apis/*.py defines: classes with a description and input parameters."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, SyntaxError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef):
-            row = {"name": node.name}
-            for line in node.body:
-                if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
-                    try:
-                        row[line.targets[0].id] = ast.literal_eval(line.value)
-                    except (ValueError, TypeError):  # computed, so no description
-                        continue
+        for node in tree.body:
+            row = {}
+            for line in node.body if isinstance(node, ast.ClassDef) else ():
+                match line:
+                    case ast.Assign(targets=[ast.Name(id="description" | "input_parameters" as key)]):
+                        row[key] = ast.literal_eval(line.value)
             if "input_parameters" in row:
-                yield f"{file}, class {node.name}", row
+                yield f"{file}, class {node.name}", row | {"name": node.name}
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None

@@ -32,16 +32,8 @@ class Language:
 
 PYTHON = Language(
     "Python 3",
-    {
-        "string": str,
-        "integer": int,
-        "float": float,
-        "boolean": bool,
-        "array": list,
-        "tuple": list,
-        "dict": dict,
-        "any": str,
-    },
+    {"string": str, "integer": int, "float": float, "boolean": bool, "any": str}
+    | {"array": list, "tuple": list, "dict": dict},
     ("array", "tuple"),
 )
 JAVA = Language("Java 8 SDK", JAVA_TYPES, ("Array", "ArrayList"), java_value, "type_error:java")
@@ -52,50 +44,31 @@ JAVASCRIPT = Language("JavaScript", JAVASCRIPT_TYPES, ("array",), javascript_val
 
 
 def ast_fault(category: str, calls: list[Call], gold: list[Gold], functions: list[dict], language: Language) -> str:
-    """The first fault of a reply's calls; which comparison is made depends on the category's name."""
-    if "parallel" in category:
-        compare = _parallel_fault
-    elif "multiple" in category:
-        compare = _multiple_fault
-    else:
-        compare = _simple_fault
+    """The first fault of a reply's calls; the category's name decides which comparison is made."""
+    parallel = "parallel" in category
+    checker = "parallel" if parallel else "multiple" if "multiple" in category else "simple"
+    if len(calls) != len(gold):
+        return f"{checker}_function_checker{'_no_order' if parallel else ''}:wrong_count"
+    described = {function["name"]: function for function in reversed(functions)}
     try:
-        return compare(calls, gold, functions, language)
-    except (OverflowError, ValueError, AttributeError) as error:
+        if parallel:
+            return _parallel_fault(calls, gold, described, language)
+        return call_fault(calls[0], gold[0], described[next(iter(gold[0]))], language)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         return f"raises:{type(error).__name__}"
 
 
-def _simple_fault(calls: list[Call], gold: list[Gold], functions: list[dict], language: Language) -> str:
-    if len(calls) != 1:
-        return "simple_function_checker:wrong_count"
-    return call_fault(calls[0], gold[0], functions[0], language)
-
-
-def _multiple_fault(calls: list[Call], gold: list[Gold], functions: list[dict], language: Language) -> str:
-    if len(calls) != len(gold):
-        return "multiple_function_checker:wrong_count"
-    return call_fault(calls[0], gold[0], _described(gold[0], functions), language)
-
-
-def _parallel_fault(calls: list[Call], gold: list[Gold], functions: list[dict], language: Language) -> str:
-    """Each gold call takes the first call left that is right for it, in order and without going back."""
-    if len(calls) != len(gold):
-        return "parallel_function_checker_no_order:wrong_count"
-    left = list(calls)
+def _parallel_fault(calls: list[Call], gold: list[Gold], described: dict[str, dict], language: Language) -> str:
+    """Each gold call takes the first remaining call that is right for it, in order and without backtracking."""
+    remaining = list(calls)
     for wanted in gold:
-        function = _described(wanted, functions)
-        for place, call in enumerate(left):
-            if not call_fault(call, wanted, function, language):
-                del left[place]
-                break
-        else:
+        function = described[next(iter(wanted))]
+        right = (n for n, call in enumerate(remaining) if not call_fault(call, wanted, function, language))
+        place = next(right, None)
+        if place is None:
             return "parallel_function_checker_no_order:cannot_find_match"
+        del remaining[place]
     return ""
-
-
-def _described(wanted: Gold, functions: list[dict]) -> dict:
-    (name,) = wanted
-    return next(function for function in functions if function["name"] == name)
 
 
 def call_fault(call: Call, wanted: Gold, function: dict, language: Language) -> str:
@@ -172,7 +145,7 @@ def _answer_type(accepted: list) -> type | None:
 _IGNORED = str.maketrans("", "", " ,./-_*^")
 
 
-def _normal(value: Any) -> Any:
+def normalized(value: Any) -> Any:
     """A string without case and some punctuation; anything else as it is."""
     return value.translate(_IGNORED).lower().replace("'", '"') if isinstance(value, str) else value
 
@@ -188,26 +161,21 @@ def _member_fault(value: Any, accepted: list) -> str:
 
 def string_fault(value: str, accepted: list) -> str:
     """Strings are compared in normal form."""
-    options = [_normal(option) for option in accepted if isinstance(option, str)]
-    return "" if _normal(value) in options else "value_error:string"
+    options = [normalized(option) for option in accepted if isinstance(option, str)]
+    return "" if normalized(value) in options else "value_error:string"
 
 
 def list_fault(value: list, accepted: list) -> str:
     """A list equals an accepted one in order, its own strings in normal form."""
-    ours = [_normal(item) for item in value]
-    same = any(ours == [_normal(item) for item in option] for option in _lists(accepted))
+    ours = [normalized(item) for item in value]
+    same = any(ours == [normalized(item) for item in option] for option in _lists(accepted))
     return "" if same else "value_error:list/tuple"
 
 
 def dict_fault(value: Any, accepted: list) -> str:
     """A dict passes by one of the accepted ones; the fault is that against the last of them."""
-    fault = "dict_checker:unclear"
-    for option in accepted:
-        if isinstance(option, dict):
-            fault = _entries_fault(value, option)
-            if not fault:
-                break
-    return fault
+    faults = [_entries_fault(value, option) for option in accepted if isinstance(option, dict)]
+    return "" if "" in faults else ["dict_checker:unclear", *faults][-1]
 
 
 def _entries_fault(value: Any, option: dict[str, list | str]) -> str:
@@ -219,23 +187,21 @@ def _entries_fault(value: Any, option: dict[str, list | str]) -> str:
     for key, item in value.items():
         if key not in option:
             return "value_error:dict_key"
-        if _normal(item) not in [_normal(choice) for choice in option[key]]:
+        if normalized(item) not in [normalized(choice) for choice in option[key]]:
             return "value_error:dict_value"
     return ""
 
 
 def dicts_fault(value: list, accepted: list) -> str:
     """A list of dicts passes by one of the accepted lists, dict by dict in order."""
-    fault = "list_dict_checker:unclear"
+    faults = ["list_dict_checker:unclear"]
     for option in _lists(accepted):
         if len(value) != len(option):
-            fault = "value_error:list_dict_count"
-            continue
-        faults = (dict_fault(item, [wanted]) for item, wanted in zip(value, option, strict=True))
-        fault = next(filter(None, faults), "")
-        if not fault:
-            break
-    return fault
+            faults.append("value_error:list_dict_count")
+        else:
+            by_item = (dict_fault(item, [wanted]) for item, wanted in zip(value, option, strict=True))
+            faults.append(next(filter(None, by_item), ""))
+    return "" if "" in faults else faults[-1]
 
 
 _VALUE_FAULTS: dict[type, Callable[[Any, list], str]] = {str: string_fault, list: list_fault, dict: dict_fault}

@@ -1,0 +1,40 @@
+"""Rows of a benchmark's files: questions paired with answers, and one sentence for a row of another shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tooln1.io.errors import UserError
+from tooln1.io.jsonl import read_rows
+
+
+@contextmanager
+def row_errors(where: str) -> Iterator[None]:
+    """Turns what a row of an unexpected shape raises into a UserError that names its file and row."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{where}: not a row as the benchmark has them ({type(error).__name__}: {error})") from None
+
+
+def read_pairs(questions: Path, answers: Path, id_of: Callable[[dict], str]) -> list[tuple[str, dict, Any]]:
+    """[(where, question, its "ground_truth")] of two JSONL files whose rows have the same ids, in the questions' order.
+
+    where: file and row of the question, for messages. Raises UserError for a question without an answer.
+    """
+    accepted = {}
+    for where, row in read_rows(answers):
+        with row_errors(where):
+            accepted[id_of(row)] = row["ground_truth"]
+    pairs = []
+    for where, row in read_rows(questions):
+        with row_errors(where):
+            if id_of(row) not in accepted:
+                raise UserError(f'{where}: {answers} has no answer to "{id_of(row)}"; is a file cut off or too old?')
+            pairs.append((where, row, accepted[id_of(row)]))
+    return pairs
