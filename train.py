@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from tooln1.batch import PackedBatch, minibatch_rows, pack, plan
 from tooln1.config import load_config
@@ -199,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    record(exit_on_user_error)(main)
