@@ -7,8 +7,6 @@ import tiny
 import torch
 from conftest import reference
 
-from tooln1.distributed import launch
-from tooln1.io.errors import UserError
 from tooln1.sampler.distributed import balance_by_cost
 
 MODEL = reference("models/dev/qwen1p5b_12x2_tied_bf16_sharded")
@@ -96,17 +94,3 @@ def test_prompts_are_balanced_by_cost():
     assert [sum(costs[i] for i in share) for share in shares] == [12, 10]
     assert [len(share) for share in balance_by_cost([100 + i for i in range(9)], 3)] == [3, 3, 3]
     assert balance_by_cost([1.0], 3) == [[0], [], []]
-
-
-def test_a_missing_gpu_is_a_user_error():
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    with pytest.raises(UserError, match="torch finds no GPU"), launch("cuda"):
-        pass
-
-
-def test_an_environment_that_is_not_torchruns_is_a_user_error(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(UserError, match="WORLD_SIZE is not set"), launch("cpu"):
-        pass

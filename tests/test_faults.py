@@ -18,12 +18,9 @@ from tooln1.distributed import World
 from tooln1.io.errors import Stopped, UserError
 from tooln1.model import load_model
 from tooln1.run import lifecycle
-from tooln1.run.run_dir import claimed
 from tooln1.run.signals import StopRequest
-from tooln1.update import PolicyLoss
 
 ENDLESS = dict(steps=100_000, eval_every=0, save_every=0)
-ONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +96,8 @@ def test_the_launch_script_restarts_from_the_last_checkpoint(place):
     """The restarted processes must not meet at the addresses that the dead ones left in torchrun's store."""
     undisturbed = run(place, "undisturbed", steps=6)
     path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    job = Job(
-        place / "restarted.log", ["scripts/train.sh", *write_preset(place, "restarted", steps=6)], NPROC="2", PATH=path
-    )
+    preset = write_preset(place, "restarted", steps=6)
+    job = Job(place / "restarted.log", ["scripts/train.sh", *preset], NPROC="2", PATH=path)
     assert job.wait_for("step 3/")
     os.kill(job.workers()[1], signal.SIGKILL)
     code, text = job.end()
@@ -112,29 +108,13 @@ def test_the_launch_script_restarts_from_the_last_checkpoint(place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "option,words", [("--train-dat", "'train_data'"), ("--train-data", "cannot read nowhere.jsonl")]
-)
+@pytest.mark.parametrize("option,words", [("--train-dat", "'train_data'"), ("--train-data", "read nowhere.jsonl")])
 def test_a_mistake_is_printed_once_and_the_exit_code_is_2(start, place, option, words):
     """Before the processes have met, and after."""
     code, text = start(f"mistake{option}", option, "nowhere.jsonl").end()
     assert code == 1  # torchrun's own
     assert text.count("error: ") == 1 and words in text and "exitcode  : 2" in text.split("Root Cause")[1]
     assert not (place / f"mistake{option}").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("before,after", [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_processes(start, place, before, after):
-    settings, name = dict(learning_rate=1e-4, eval_every=0), f"from-{before}-to-{after}"
-    wanted = measured(run(place, f"{name}-reference", steps=4, **settings))
-    for processes, steps in ((before, 2), (after, 4)):
-        code, text = start(name, "--resume", "auto", processes=processes, steps=steps, **settings).end()
-        assert code == 0, text
-    rows = measured(place / name)
-    assert steps_of(place / name) == [1, 2, 3, 4]
-    for key in ("loss", "policy_loss", "kl", "grad_norm", "reward", "entropy"):
-        assert [row[key] for row in rows] == pytest.approx([row[key] for row in wanted], abs=1e-5), key
 
 
 @pytest.mark.slow
@@ -152,11 +132,10 @@ def test_a_killed_run_ends_as_an_undisturbed_one(place, processes, kills):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "processes,number,to", [(1, 15, "job"), (1, 2, "job"), (2, 15, "job"), (2, 2, "job"), (2, 15, "rank 1")]
-)
-def test_a_run_stopped_by_a_signal_resumes_bit_equal(start, place, processes, number, to):
-    name = f"signal-{processes}-{number}-{to[-1]}"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("processes,to", [(1, "job"), (2, "job"), (2, "rank 1")])
+def test_a_run_stopped_by_a_signal_resumes_bit_equal(start, place, processes, to, number):
+    name, reference = f"{number.name}-{processes}-{to}", f"{number.name}-{processes}-{to}-reference"
     job = start(name, processes=processes, **ENDLESS)
     assert job.wait_for("step      2/")
     os.kill(job.process.pid if to == "job" else job.workers()[1], number)
@@ -164,22 +143,20 @@ def test_a_run_stopped_by_a_signal_resumes_bit_equal(start, place, processes, nu
     assert code == (128 + number if processes == 1 else 1), text
     done = len(measured(place / name))
     assert f"stopped after step {done} of 100000" in text
-    if to == "rank 1":
-        assert f"exitcode  : {128 + number}" in text.split("Root Cause")[1]
-    settings = ENDLESS | dict(steps=done + 1)
-    for run_name in (name, f"{name}-reference"):
-        code, text = start(run_name, "--resume", "auto", processes=processes, **settings).end()
-        assert code == 0, text
-    shutil.rmtree(place / name / f"checkpoints/step-{done:06d}")  # the reference has none
-    assert measured(place / name)[-1] == measured(place / f"{name}-reference")[-1]
-    assert_same_files(place / name, place / f"{name}-reference")
+    assert to == "job" or f"exitcode  : {128 + number}" in text.split("Root Cause")[1]
+    for run_name in (name, reference):
+        job = start(run_name, "--resume", "auto", processes=processes, **(ENDLESS | dict(steps=done + 1)))
+        assert job.end()[0] == 0, job.text()
+    assert measured(place / name)[-1] == measured(place / reference)[-1]
+    for part in ("hf", f"checkpoints/step-{done + 1:06d}"):
+        assert_same_tensors(place / name / part, place / reference / part)
 
 
-def assert_same_files(run_dir, reference) -> None:
-    """Bit-equal weights and optimizer states."""
-    files = sorted(path.relative_to(reference) for path in reference.rglob("*.safetensors"))
-    assert files and files == sorted(path.relative_to(run_dir) for path in run_dir.rglob("*.safetensors"))
-    assert all((run_dir / file).read_bytes() == (reference / file).read_bytes() for file in files)
+def assert_same_tensors(folder, reference) -> None:
+    """Bit-equal safetensors files."""
+    files = sorted(path.name for path in reference.glob("*.safetensors"))
+    assert files and files == sorted(path.name for path in folder.glob("*.safetensors"))
+    assert all((folder / file).read_bytes() == (reference / file).read_bytes() for file in files)
 
 
 # Each step has two mini-batches of several micro-batches; steps 0, 2 and 3 are evaluated, and step 3 is the last.
@@ -199,6 +176,7 @@ def undisturbed(place):
     return run(place, "not-stopped", **SETTINGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module,name,count,done", STOPS)
 def test_a_run_stopped_anywhere_ends_as_an_undisturbed_one(place, undisturbed, monkeypatch, module, name, count, done):
     """A step is given up until its first optimizer step; after that it is completed, but not its evaluation."""
@@ -221,20 +199,6 @@ def test_a_run_stopped_anywhere_ends_as_an_undisturbed_one(place, undisturbed, m
     assert_same_run(place / stopped, undisturbed)
 
 
-def test_a_run_that_dies_in_an_evaluation_has_saved_the_step(place, undisturbed, monkeypatch):
-    settings, evaluate = SETTINGS | dict(save_every=1, keep_checkpoints=3), lifecycle.evaluate
-
-    def dies(given):
-        return 1 / 0 if given.done == 2 else evaluate(given)
-
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(lifecycle, "evaluate", dies)
-        run(place, "dies", **settings)
-    assert (place / "dies/checkpoints/latest").read_text() == "step-000002\n"
-    run(place, "dies", resume="auto", **settings)
-    assert measured(place / "dies") == measured(undisturbed)
-
-
 @pytest.mark.slow
 def test_ranks_stopped_between_micro_batches_save_the_step_before(start, place):
     """The unsharded weights and gradients that FSDP holds at that moment do not get into the checkpoint.
@@ -249,7 +213,7 @@ def test_ranks_stopped_between_micro_batches_save_the_step_before(start, place):
         assert code == 1 and "stopped after step 1 of 3" in text, text
         assert text.count("[forward]") == number
         checkpoints = (place / name / "checkpoints/step-000001" for name in (f"stopped-in-{phase}", "not-stopped-2"))
-        assert_same_files(*checkpoints)
+        assert_same_tensors(*checkpoints)
 
 
 def test_a_second_signal_exits_at_once(monkeypatch):
@@ -257,7 +221,7 @@ def test_a_second_signal_exits_at_once(monkeypatch):
     exits, numbers = [], (signal.SIGTERM, signal.SIGINT)
     monkeypatch.setattr("tooln1.run.signals.os._exit", exits.append)
     before = [signal.getsignal(number) for number in numbers]
-    with StopRequest(ONE) as request:
+    with StopRequest(World(0, 1, torch.device("cpu"))) as request:
         request.check()
         assert not request.asked()
         for number in numbers:
@@ -295,17 +259,13 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(start, pla
     assert [row["loss"] for row in measured(place / name)] == pytest.approx([row["loss"] for row in wanted], abs=1e-5)
 
 
-def test_two_runs_do_not_share_a_directory(place):
-    with claimed(place / "shared", ONE), pytest.raises(UserError, match="shared: another process"):
-        run(place, "shared")
-
-
 def test_a_run_that_cannot_start_leaves_nothing(place):
     with pytest.raises(UserError, match="nowhere/at all"):
         run(place, "deep/er/nothing", model="nowhere/at all")
     assert not (place / "deep").exists()
 
 
+@pytest.mark.slow
 def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(place, monkeypatch):
     settings = dict(steps=4, save_every=1, keep_checkpoints=9)
     first = run(place, "rewound", **settings)
@@ -324,54 +284,14 @@ def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(place, monk
         run(place, "branch", steps=4, resume=oldest)
 
 
-def test_the_zeros_that_a_power_cut_leaves_in_a_log_are_cut_off(place):
-    run_dir = run(place, "power", steps=3)
-    before, log = measured(run_dir), run_dir / "metrics.jsonl"
-    lines = log.read_text().splitlines(keepends=True)
-    log.write_text("".join(lines[:2]) + "\0" * 500 + "\n" + lines[2])
-    shutil.rmtree(run_dir / "checkpoints/step-000003")
-    run(place, "power", steps=3, resume="auto")
-    assert measured(run_dir) == before
-
-
-def test_a_half_written_checkpoint_is_removed(place):
-    run_dir = run(place, "half-written", steps=2)
-    (run_dir / "checkpoints/.step-000003.tmp").mkdir()
-    (run_dir / ".hf.abc.tmp").mkdir()
-    run(place, "half-written", steps=2, resume="auto")
-    assert not list(run_dir.rglob("*.tmp"))
-
-
-def test_a_run_with_only_broken_checkpoints_is_refused(place):
-    run_dir = run(place, "broken", steps=2, save_every=1)
-    for index in (run_dir / "checkpoints").glob("*/index.json"):
-        index.write_text("{}")
-    for resume in ("auto", str(run_dir / "checkpoints/step-000001")):
-        with pytest.raises(UserError, match="broken/checkpoints"):
-            run(place, "broken", steps=3, resume=resume)
-    assert steps_of(run_dir) == [1, 2]
-
-
-def test_changed_settings_and_contents_are_refused_by_name_unless_allowed(place, tmp_path):
-    again = partial(run, place, "changed", resume="auto")
+@pytest.mark.slow
+def test_moved_files_and_allowed_changes_are_accepted_by_a_resume(place, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "model")
+    shutil.copy(place / "data.jsonl", tmp_path)
     run(place, "changed", steps=1)
-    with pytest.raises(UserError, match=r"kl_coef 0.001 \(now 0.5\), .*learning_rate 0.001 \(now 0.1\)"):
-        again(steps=2, learning_rate=0.1, kl_coef=0.5)
-    with pytest.raises(UserError, match="--allow-changes kl_coef"):
-        again(steps=2, learning_rate=0.1, kl_coef=0.5, allow_changes="learning_rate")
-    with pytest.raises(UserError, match="'kl_coef'"):
-        again(steps=2, kl_coef=0.5, allow_changes="kl_cof")
-    text = (place / "data.jsonl").read_text()
-    (tmp_path / "other.jsonl").write_text(text.replace("Add 3 ", "Sum 3 "))
-    (tmp_path / "moved.jsonl").write_text(text)
-    with pytest.raises(UserError, match="other.jsonl .*--allow-changes train_data"):
-        again(steps=2, train_data=str(tmp_path / "other.jsonl"))
-    shutil.copytree(place / "model", tmp_path / "moved")
-    tiny.write_model(tmp_path / "another", seed=1)
-    with pytest.raises(UserError, match="another/model .*--allow-changes model"):
-        again(steps=2, model=str(tmp_path / "another/model"))
-    again(steps=2, train_data=str(tmp_path / "moved.jsonl"), model=str(tmp_path / "moved"))  # the same elsewhere
-    again(steps=3, learning_rate=0.1, allow_changes="learning_rate")
+    moved = dict(train_data=str(tmp_path / "data.jsonl"), model=str(tmp_path / "model"))
+    run(place, "changed", resume="auto", steps=2, **moved)
+    run(place, "changed", resume="auto", steps=3, learning_rate=0.1, allow_changes="learning_rate")
     assert [row["learning_rate"] for row in measured(place / "changed")] == [0.001, 0.001, 0.1]
 
 
@@ -381,10 +301,7 @@ def test_changed_settings_and_contents_are_refused_by_name_unless_allowed(place,
 @pytest.mark.parametrize(
     "function,words",
     [
-        (
-            "optimizer_step",
-            r"\(step 1, update\): CUDA out of memory. .*tokens_per_microbatch \(5000\).*kl_coef \(0.001\)",
-        ),
+        ("optimizer_step", r"\(step 1, update\): CUDA .*tokens_per_microbatch \(5000\).*kl_coef \(0.001\)"),
         ("generate_distributed", r"\(step 1, rollout\).*rollout_rows \(0\).*max_reply_tokens \(12\)"),
     ],
 )
@@ -435,21 +352,6 @@ def test_steps_that_are_not_finite_are_skipped_kept_and_end_the_run(place, monke
     assert len(replies) == 6 and {row["advantage"] for row in replies} >= {None}
     for row in replies:
         assert len(row["reply_tokens"]) == len(row["old_logprobs"]) == len(row["ref_logprobs"]) > 0
-    with pytest.raises(UserError, match="step 2"):  # the count continues after a resume
-        run(place, "nan", resume="auto", max_bad_steps=4, **settings)
-    assert sorted(path.name for path in skipped.iterdir()) == [*files, "step-000002-4.jsonl"]
     monkeypatch.undo()
     run(place, "nan", resume="auto", max_bad_steps=3, **(settings | dict(steps=1)))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(place / "nan"), start, strict=True))
-
-
-def test_an_infinite_loss_is_skipped_even_if_its_gradient_is_finite(place, monkeypatch):
-    original = PolicyLoss.__call__
-
-    def infinite(*args):
-        loss, sums = original(*args)
-        return loss + torch.inf, sums
-
-    monkeypatch.setattr(PolicyLoss, "__call__", infinite)
-    with pytest.raises(UserError, match="not finite"):
-        run(place, "inf", steps=9, max_bad_steps=2)

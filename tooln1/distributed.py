@@ -175,13 +175,11 @@ def _stores(rank: int, timeout: timedelta) -> tuple[dist.Store | None, dist.Stor
 
 def _device(name: str) -> torch.device:
     """The device of this process, from "auto", "cpu" or "cuda"; raises UserError where it is not available."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("device = 'cuda', but torch finds no GPU; use --device cpu, or install a CUDA build of torch.")
-    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device
 

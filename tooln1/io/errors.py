@@ -1,7 +1,5 @@
 """UserError, the stop by a signal, and the exit codes of the entry points."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time
@@ -9,9 +7,8 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """A mistake that the user can correct: an unknown setting, a missing file, a malformed row, a full disk.
+    """A mistake that the user can correct, in one or two sentences: value, file or setting, and what to do.
 
-    Its text is one or two plain sentences: what is wrong, with the value and the file or setting, and what to do.
     printed_here: whether this process of several prints it; None: the first process of each node does.
     """
 
@@ -29,25 +26,20 @@ class Stopped(Exception):
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run `main` and exit with 2 after a UserError, which goes to stderr, with 128 + n after a stop by signal n.
-
-    Any other exception passes through: Python prints its traceback and exits with 1.
-    """
+    """Run `main`; exit with 2 after a UserError, which goes to stderr, with 128 + n after signal n, else as Python."""
     code = 0
     try:
         main()
     except UserError as error:
-        undecided = error.printed_here is None
+        undecided, code = error.printed_here is None, 2
         if error.printed_here or (undecided and os.environ.get("LOCAL_RANK", "0") == "0"):
             print(f"error: {error}", file=sys.stderr)
         elif undecided:
             time.sleep(10)  # torchrun ends all processes when one exits: let the first of the node print before
-        code = 2
     except (Stopped, KeyboardInterrupt) as stop:
-        code = 128 + (stop.number if isinstance(stop, Stopped) else 2)
+        code = 128 + getattr(stop, "number", 2)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)  # gloo's threads can abort a process whose interpreter is being finalized
     if code:
         sys.exit(code)
