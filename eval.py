@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from tooln1.benchmarks import NAMES, bfcl
 from tooln1.benchmarks.runner import (
@@ -395,4 +396,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    record(exit_on_user_error)(main)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from tooln1.batch import PackedBatch, pack, plan_microbatches, split_into_minibatches
 from tooln1.config import load_config
@@ -201,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    record(exit_on_user_error)(main)

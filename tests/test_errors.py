@@ -2,7 +2,7 @@
 
 import pytest
 
-from tooln1.io.errors import UserError, exit_on_user_error
+from tooln1.io.errors import Stopped, UserError, exit_on_user_error
 from tooln1.io.files import atomic_directory, atomic_write
 
 
@@ -53,11 +53,11 @@ def test_a_user_error_is_one_sentence_and_exit_code_2(capsys):
         exit_on_user_error(lambda: 1 / 0)
 
 
-def test_an_interrupt_is_one_word_and_exit_code_130(capsys):
-    def interrupted():
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("error,code", [(KeyboardInterrupt(), 130), (Stopped(15), 143)])
+def test_a_stop_by_a_signal_is_an_exit_code_without_traceback(error, code):
+    def stopped():
+        raise error
 
     with pytest.raises(SystemExit) as stop:
-        exit_on_user_error(interrupted)
-    assert stop.value.code == 130
-    assert capsys.readouterr().err == "interrupted\n"
+        exit_on_user_error(stopped)
+    assert stop.value.code == code

@@ -13,8 +13,7 @@ import mistakes
 import pytest
 import tiny
 import torch
-from test_distributed import ROOT, torchrun
-from test_train import settings
+from tiny import ROOT, settings
 
 import eval as evaluation_script
 import train
@@ -147,12 +146,6 @@ def test_each_program_says_it_for_real(here, command, words):
     result = process(*command)
     assert result.returncode == 2
     assert words in sentence(result.stderr)
-
-
-def test_two_processes_say_it_once(here):
-    result = torchrun(2, "train.py", "--config", str(Path("base.toml").resolve()), "--model", "nowhere/at/all")
-    assert result.returncode != 0 and result.stderr.count("\nerror: ") + result.stderr.startswith("error: ") == 1
-    assert "error: 'nowhere/at/all': no such directory" in result.stderr
 
 
 def test_an_unexpected_fault_keeps_its_traceback(here):

@@ -6,20 +6,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_distributed import torchrun
+from tiny import measured, run
 
 import train
 from tooln1.config import load_config, to_toml
 from tooln1.data import read_examples
-from tooln1.distributed import launch
 from tooln1.io.errors import UserError
 from tooln1.model import load_model
 from tooln1.run.metrics import read_jsonl
-from tooln1.settings import Config
 from tooln1.sft import demonstrations, target_text
 from tooln1.tokenizer import load_tokenizer
-
-TIMES = ("seconds/", "tokens_per_second/")
 
 
 @pytest.fixture(scope="module")
@@ -31,51 +27,8 @@ def place(tmp_path_factory):
     return folder
 
 
-def settings(place: Path, run: str, **changes) -> dict:
-    data = str(place / "data.jsonl")
-    return (
-        dict(
-            model=str(place / "model"),
-            train_data=data,
-            eval_data=data,
-            run_dir=str(place / run),
-            steps=3,
-            prompts_per_step=4,
-            prompts_per_minibatch=2,
-            group_size=3,
-            max_reply_tokens=12,
-            tokens_per_microbatch=5000,
-            learning_rate=1e-3,
-            temperature=1.0,
-            activation_checkpointing="off",
-            eval_every=2,
-            save_every=2,
-            log_rollouts=99,
-        )
-        | changes
-    )
-
-
-def run(place: Path, name: str, **changes) -> Path:
-    """A run in this process; its directory."""
-    with launch("cpu") as world:
-        train.train(Config(**settings(place, name, **changes)), world)
-    return place / name
-
-
-def measured(run_dir: Path) -> list[dict]:
-    """The logged metrics, but for the times."""
-    rows = read_jsonl(run_dir / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows]
-
-
 def weights(run_dir: Path) -> list[torch.Tensor]:
     return list(load_model(run_dir / "hf").parameters())
-
-
-def replies(run_dir: Path, step: int) -> list[tuple]:
-    rows = read_jsonl(run_dir / "rollouts.jsonl")
-    return sorted((row["id"], row["reply"], row["reward"]) for row in rows if row["step"] == step)
 
 
 @pytest.fixture(scope="module")
@@ -150,18 +103,6 @@ def test_a_run_directory_is_not_written_over(finished, place):
 def test_a_resumed_run_must_see_the_data_in_the_same_order(finished, place):
     with pytest.raises(UserError, match=r"other settings: seed 0 \(now 1\).*--allow-changes seed"):
         run(place, "finished", resume="auto", seed=1)
-
-
-def test_two_processes_do_as_one(finished, place):
-    """The same replies in step 1 (token ids: test_distributed), then the same metrics up to rounding."""
-    preset = place / "two.toml"
-    preset.write_text(to_toml(Config(**settings(place, "two", eval_before_training=True))))
-    result = torchrun(2, "train.py", "--config", str(preset))
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert replies(place / "two", 1) == replies(finished, 1)
-    for ours, theirs in zip(measured(place / "two")[:3], measured(finished)[:3], strict=True):
-        for name, value in theirs.items():
-            assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
 def test_it_learns_what_is_rewarded(place, monkeypatch):

@@ -1,16 +1,17 @@
-"""Many processes as one: launch, FSDP2 sharding, sums over ranks, gathering, whole copies of sharded weights.
+"""Processes: launch, collectives on Python values, FSDP2 sharding, copies of sharded weights.
 
-The same code runs from one process to many, on CPU (gloo) and GPU (NCCL). One CPU process is not sharded: it has
-nothing to share and computes in fp32. Everything else is FSDP2 with fp32 master weights: bf16 compute and fp32
-gradient sums on GPU, fp32 throughout on CPU.
+The same code runs as one process or many, on CPU (gloo) and GPU (NCCL). A single CPU process is not sharded and
+computes in fp32. Everything else is FSDP2 with fp32 master weights: bf16 compute and fp32 gradient sums on GPU, fp32
+throughout on CPU.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,13 +28,12 @@ from torch.distributed.tensor import DTensor
 
 from tooln1.io.errors import Stopped, UserError
 from tooln1.model import Transformer, load_model
-from tooln1.run.lifeline import WAY_ON, Lifeline, connect, end_with_torchrun
 
 T = TypeVar("T")
-
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 Reduce = Callable[[list[float], str], list[float]]
-"""(numbers, "sum" | "min" | "max") -> those numbers, each reduced over all ranks; `World.reduce` is one."""
+"""(numbers, "sum" | "min" | "max") -> those numbers, each reduced over all ranks; `World.all_reduce` is one."""
 
 
 def local_reduce(values: list[float], op: str) -> list[float]:
@@ -43,31 +43,29 @@ def local_reduce(values: list[float], op: str) -> list[float]:
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """This process's rank and device, and the collectives on Python values."""
 
     rank: int
     size: int
     device: torch.device
-    lifeline: Lifeline | None = None  # to the other processes; None where there are none
-    job: dist.Store | None = None  # torchrun's own store, which outlives its restarts; None without one
 
     @property
     def is_main(self) -> bool:
-        """The one rank that prints and writes."""
+        """Whether this is rank 0, which prints and writes."""
         return self.rank == 0
 
     @property
     def sharded(self) -> bool:
-        """Whether weights are FSDP2 shards: always, but for a single CPU process."""
+        """Whether weights are FSDP2 shards: always, except in a single CPU process."""
         return self.size > 1 or self.device.type == "cuda"
 
-    def gather(self, things: list[T]) -> list[T]:
-        """Every rank's `things` on every rank, in rank order."""
+    def gather(self, items: list[T]) -> list[T]:
+        """Every rank's `items` on every rank, in rank order."""
         if self.size == 1:
-            return list(things)
-        everyone: list[list[T]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(everyone, things)
-        return [thing for one in everyone for thing in one]
+            return list(items)
+        lists: list[list[T]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(lists, items)
+        return [item for one in lists for item in one]
 
     def all_reduce(self, values: Sequence[float], op: str) -> list[float]:
         """Elementwise "sum", "min" or "max" of a list of numbers over ranks."""
@@ -79,172 +77,117 @@ class World:
 
     def broadcast(self, value: T) -> T:
         """Rank 0's `value` on every rank."""
-        return _from_rank_0(value) if self.size > 1 else value
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def barrier(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank is here."""
         if self.size > 1:
             dist.barrier()
 
     def run_on_all_ranks(self, work: Callable[[], T], what: str) -> T:
-        """Do `work` on this rank. Where a UserError or the disk stops it on any rank, all raise the same UserError.
+        """Run `work`, which holds no collective; if it fails on any rank, raise the same UserError on all of them.
 
-        The disk's failures become "`what`: why".
+        Failures are UserErrors and those of the disk, which become "`what`: reason". Rank 0 prints the error.
         """
-        done, failures = None, []
+        result, failures = None, []
         try:
-            done = work()
+            result = work()
         except UserError as error:
             failures = [str(error)]
         except (OSError, SafetensorError) as error:
             failures = [f"{what}: {getattr(error, 'strerror', None) or error}."]
         if failures := self.gather(failures):
-            raise UserError(failures[0])
-        return done
-
-    def remember(self, what: str) -> None:
-        """Note, for the next start of this job if torchrun restarts it, that `what` is so."""
-        if self.job and self.is_main:
-            self.job.set(f"tooln1/{what}", "so")
-
-    def remembers(self, what: str) -> bool:
-        """Whether an earlier start of this job noted `what`."""
-        return self.broadcast(bool(self.is_main and self.job and self.job.check([f"tooln1/{what}"])))
-
-    def note(self, doing: str) -> None:
-        """Say what this process turns to, for the words of others when something goes wrong."""
-        if self.lifeline:
-            self.lifeline.note(doing)
+            raise UserError(failures[0], printed_here=self.is_main)
+        return result
 
 
 @contextmanager
-def launch(device: str = "auto", timeout: int = 1800) -> Iterator[World]:
-    """Join the processes that torchrun started (or be alone without it) for the length of the block.
+def launch(device: str = "auto", timeout: int = 600) -> Iterator[World]:
+    """Join the processes that torchrun started, or run as a single one without it, for the length of the block.
 
-    `device` is "auto" (a GPU where there is one), "cpu" or "cuda". `timeout`: seconds that a process waits for the
-    others in a collective. Raises UserError where the device is not to be had. A process that dies ends the others.
+    device: "auto" (a GPU where there is one), "cpu" or "cuda". timeout: seconds that a collective waits for the other
+    processes before it raises. A process that fails does not wait for the others: torchrun ends them. Raises UserError
+    where the device is not available.
     """
-    rank, size = _from_torchrun("RANK", 0), _from_torchrun("WORLD_SIZE", 1)
-    if not rank < size:
-        raise UserError(f"RANK is {rank}, but WORLD_SIZE {size}: a rank is below it; start with torchrun.")
-    limit, lifeline = timedelta(seconds=timeout), None
+    _exit_with_torchrun()
+    rank, size, limit = int(os.environ.get("RANK", 0)), 1, timedelta(seconds=timeout)
+    torchrun_store, store = None, dist.HashStore()
     try:
-        where = _device(device)
-        job, store = _stores(rank, limit) if "RANK" in os.environ else (None, dist.HashStore())
-        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            if missing := [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+                raise UserError(f"RANK is set, but {missing[0]} is not set: start with torchrun, or unset RANK.")
+            size = int(os.environ["WORLD_SIZE"])
+            torchrun_store, store = _stores(rank, limit)
+        computes_on = _device(device)
+        backend = "cpu:gloo,cuda:nccl" if computes_on.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            end_with_torchrun()
-        lifeline = connect(rank, _from_rank_0) if size > 1 else None
-        yield World(rank, size, where, lifeline, job)
-        _leave(lifeline)
+        yield World(rank, size, computes_on)
+        _leave()
     except BaseException as error:
-        if isinstance(error, Stopped):
-            _leave(lifeline)
-        elif size > 1 and isinstance(error, Exception):
-            _explain(error, rank, lifeline, timeout)
-        elif dist.is_initialized():
-            dist.destroy_process_group()
+        if torchrun_store and isinstance(error, UserError) and error.printed_here is None:
+            # Most mistakes stop all ranks with the same sentence: the first of them prints it.
+            key = f"tooln1/start {os.environ['TORCHELASTIC_RESTART_COUNT']}/{error}"
+            error.printed_here = torchrun_store.add(key, 1) == 1
+        if dist.is_initialized() and (size == 1 or isinstance(error, Stopped)):
+            _leave()
         raise
 
 
-def _device(name: str) -> torch.device:
-    """Where this process computes, from "auto", "cpu" or "cuda"; raises UserError where that is not to be had."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("device = 'cuda', but torch finds no GPU; use --device cpu, or install a CUDA build of torch.")
-    local_rank = _from_torchrun("LOCAL_RANK", 0)
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"local rank {local_rank} has no GPU of its own: this node shows {torch.cuda.device_count()}; "
-            "lower torchrun's --nproc-per-node."
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device(name, local_rank)
+def _exit_with_torchrun() -> None:
+    """Have Linux kill this process when torchrun, its parent, is gone: nothing else would end it."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call
+            os._exit(1)
 
 
-def _from_torchrun(name: str, alone: int) -> int:
-    """A number that torchrun sets in the environment of its processes; `alone` without it."""
-    value, needed = os.environ.get(name, str(alone)), ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    started = "RANK" in os.environ or "WORLD_SIZE" in os.environ  # job scripts export the other two for later
-    missing = [other for other in needed if other not in os.environ and started]
-    if not value.isdecimal() or missing:
-        wrong = f"{name} is {value!r}" if not value.isdecimal() else f"{missing[0]} is not set, but others of it are"
-        raise UserError(f"the environment is not torchrun's: {wrong}; start with torchrun, or unset all of it.")
-    return int(value)
+def _stores(rank: int, timeout: timedelta) -> tuple[dist.Store | None, dist.Store]:
+    """(torchrun's store or None, the store in which the processes of this start of the job find each other).
 
-
-def _stores(rank: int, limit: timedelta) -> tuple[dist.Store | None, dist.Store]:
-    """(torchrun's store, or None; the one in which the processes of this start of the job find each other).
-
-    Rank 0 keeps the latter, and says where in the former. That one outlives torchrun's restarts (--max-restarts), and
-    the addresses that dead processes left in it would mislead their successors; a dead store refuses the connection.
+    Rank 0 holds the second, and publishes its port in the first. torchrun's store outlives a restart (--max-restarts),
+    and the addresses that dead processes left there would mislead their successors; a dead store refuses connections.
     """
-    host, port = os.environ["MASTER_ADDR"], _from_torchrun("MASTER_PORT", 0)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None, dist.TCPStore(host, port, is_master=rank == 0, timeout=limit, wait_for_workers=False)
-    torchruns = dist.TCPStore(host, port, is_master=False, timeout=limit)
+        return None, dist.TCPStore(host, port, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
+    torchrun_store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
     if rank == 0:
-        own = dist.TCPStore(host, 0, is_master=True, timeout=limit, wait_for_workers=False)
-        torchruns.set("tooln1", str(own.port))
-        return torchruns, own
-    until = time.monotonic() + limit.total_seconds()
+        store = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        torchrun_store.set("tooln1/port", str(store.port))
+        return torchrun_store, store
+    until = time.monotonic() + timeout.total_seconds()
     while True:
+        port = int(torchrun_store.get("tooln1/port"))
         try:
-            found = dist.TCPStore(host, int(torchruns.get("tooln1")), is_master=False, timeout=timedelta(seconds=2))
-        except RuntimeError:  # what a dead rank 0 left: the new one will write over it
+            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=2))
+        except RuntimeError:  # the port of a dead rank 0: the new one will overwrite it
             if time.monotonic() > until:
                 raise
         else:
-            found.set_timeout(limit)
-            return torchruns, found
+            store.set_timeout(timeout)
+            return torchrun_store, store
 
 
-def _from_rank_0(value: T) -> T:
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+def _device(name: str) -> torch.device:
+    """The device of this process, from "auto", "cpu" or "cuda"; raises UserError where it is not available."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("device = 'cuda', but torch finds no GPU; use --device cpu, or install a CUDA build of torch.")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
 
 
-def _leave(lifeline: Lifeline | None) -> None:
-    """End in good order: together, because one that hangs up while others still talk would bring them down."""
+def _leave() -> None:
+    """Leave the process group when all ranks do: one that left earlier would fail the collectives of the others."""
     dist.barrier()
-    if lifeline:
-        lifeline.leave()
     dist.destroy_process_group()
-
-
-def _explain(error: Exception, rank: int, lifeline: Lifeline | None, timeout: int) -> None:
-    """Tell the other processes why this one ends, and the user what a process alone cannot know.
-
-    The process group is left as it is: to take it down could wait for the others.
-    """
-    if isinstance(error, UserError):
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        if not (lifeline and lifeline.fail(str(error))) and rank:
-            print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
-        error.told = True
-        return
-    if lifeline is None:
-        return
-    lifeline.wait_for_news()  # if it failed because another process is lost, this one ends in here
-    if isinstance(error, RuntimeError) and "timed out" in str(error).lower():
-        why = f"it waited {timeout} s for another process in vain"
-        print(
-            f"error: rank {rank}: {why}. {lifeline.whereabouts()}. If one is only slow, raise collective_timeout; else "
-            f"it hangs: next time look where, before the time is over (py-spy dump --pid). {WAY_ON}",
-            file=sys.stderr,
-            flush=True,
-        )
-    else:
-        traceback.print_exception(error)  # now: once the others know, this process may be ended at any time
-        why = "".join(traceback.format_exception_only(error)).split("\n")[0]
-    lifeline.fail(why)
-    sys.exit(1)
 
 
 def shard(
@@ -254,25 +197,24 @@ def shard(
     offload: bool = False,
     accumulate_whole: bool = True,
 ) -> Transformer:
-    """Shard `model` over all ranks, block by block, in place; `dtype` is what it computes in (None: as stored).
+    """Shard `model` over all ranks with FSDP2, block by block, in place; it computes in `dtype` (None: as stored).
 
-    Gradients are summed over ranks, never averaged: every loss is already divided by the count of the whole global
-    mini-batch (forced sums, because gloo knows no pre-multiplied ones). `offload`: on CUDA the shards, their gradients
-    and so the optimizer's state stay in the host's memory. `accumulate_whole`: see `next_microbatch`.
+    Gradients are summed over ranks, not averaged: every loss is already divided by the count of the global mini-batch
+    (forced sums, because gloo has no pre-multiplied ones). offload: on CUDA the shards, their gradients and so the
+    optimizer's state stay in host memory. accumulate_whole: see `next_microbatch`.
     """
     if not world.sharded:
         return model
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    how = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
+    options = {
+        "mesh": init_device_mesh(world.device.type, (world.size,)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+    }
     if offload and world.device.type == "cuda":
-        how["offload_policy"] = CPUOffloadPolicy()
-    for block in model.model.layers:
-        fully_shard(block, **how)
-    fully_shard(model, **how)  # embedding, final norm and head: kept whole between passes
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+        options["offload_policy"] = CPUOffloadPolicy()
+    for module in _blocks_then_rest(model):
+        fully_shard(module, **options)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
     model.accumulate_whole = accumulate_whole
     return model
 
@@ -289,9 +231,9 @@ def load_models(
     offload_optimizer: bool,
     offload_reference: bool,
 ) -> tuple[Transformer, Transformer | None, Transformer]:
-    """The policy, the reference (None for the path "") and the copy that samples, on this process's device.
+    """The policy, the reference (None for the path "") and the sampler's model, on this process's device.
 
-    Policy: fp32, sharded. The others: bf16 on CUDA, else fp32; the reference sharded, the copy whole.
+    The policy is fp32 and sharded; the others are bf16 on CUDA, else fp32, the reference sharded, the sampler's not.
     """
     low = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     policy = load_model(path, torch.float32, world.device, vocabulary)
@@ -299,7 +241,7 @@ def load_models(
         block.recompute = activation_checkpointing
         if compile:
             block.compile_parts()
-    # It is sharded before the others come, so that only one whole model is there at a time.
+    # Each is sharded before the next is loaded, so that only one full model is in memory at a time.
     policy, reference = shard(policy, world, low, offload_optimizer, accumulate_whole), None
     if reference_path:
         reference = load_model(reference_path, low, world.device, vocabulary).requires_grad_(False)
@@ -308,18 +250,18 @@ def load_models(
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back the whole weights that a pass leaves: embedding and head without gradients; more if broken off."""
+    """Free the unsharded weights that remain after a pass without gradients, or after one that was interrupted."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def next_microbatch(model: nn.Module, last: bool) -> None:
-    """Prepare for the backward pass of a micro-batch, the `last` of its optimizer step or not.
+    """Prepare the passes of a micro-batch, which is the `last` one of its optimizer step or not.
 
-    With `accumulate_whole`, gradients stay whole on every rank until the last one, and weights from one backward pass
-    to the next forward: one reduce-scatter an optimizer step and an all-gather less a micro-batch, for 6 bytes a
-    parameter (bf16 weights, fp32 gradients). Else both are cut up again after each micro-batch.
+    With `accumulate_whole`, gradients stay unsharded until the last one, and weights from each backward pass to the
+    next forward pass: one reduce-scatter per optimizer step and one all-gather less per micro-batch, for 6 bytes per
+    parameter (bf16 weights, fp32 gradients). Otherwise both are resharded after each micro-batch.
     """
     if isinstance(model, FSDPModule) and model.accumulate_whole:
         model.set_requires_gradient_sync(last)
@@ -327,7 +269,7 @@ def next_microbatch(model: nn.Module, last: bool) -> None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The full tensor of a shard (a collective: every rank must ask), or the tensor itself."""
+    """The full tensor of a shard (a collective), or the tensor itself if it is not sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -335,23 +277,17 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def copy_weights(policy: Transformer, target: Transformer) -> None:
     """Overwrite the unsharded `target` with the policy's weights, cast to its dtype, in place.
 
-    Layer by layer: one collective each, in the dtype the policy computes in, and one whole layer alive at a time.
+    Block by block: one all-gather each, in the dtype that the policy computes in, and one full block in memory at once.
     """
-    for source, place in zip(_layers(policy), _layers(target), strict=True):
+    for source, copy in zip(_blocks_then_rest(policy), _blocks_then_rest(target), strict=True):
         if isinstance(source, FSDPModule):
             source.unshard()
-        for parameter, copy in zip(_own_parameters(source), _own_parameters(place), strict=True):
-            copy.copy_(parameter)
+        for name, parameter in source.named_parameters():
+            if source is not policy or not name.startswith("model.layers."):
+                copy.get_parameter(name).copy_(parameter)
         reshard(source)
 
 
-def _layers(model: Transformer) -> list[nn.Module]:
-    """What `shard` shards one by one: each block, then all the rest."""
+def _blocks_then_rest(model: Transformer) -> list[nn.Module]:
+    """The modules that `shard` shards: each block, then the model, for its embedding, final norm and head."""
     return [*model.model.layers, model]
-
-
-def _own_parameters(module: nn.Module) -> list[Tensor]:
-    """A block's parameters, or those of the model that no block has (embedding, final norm, head)."""
-    if not isinstance(module, Transformer):
-        return list(module.parameters())
-    return [parameter for name, parameter in module.named_parameters() if not name.startswith("model.layers.")]

@@ -61,7 +61,7 @@ class Config:
         "", "settings that may differ from those of the run resumed: names with commas, or all", alone="all"
     )
     check: bool = setting(False, "only check what can be known before the first step; exit code 2: mend something")
-    collective_timeout: int = setting(1800, "longest that a process waits for the others", "seconds", "", "[1, 1e6]")
+    collective_timeout: int = setting(600, "longest that a process waits for the others", "seconds", "", "[1, 1e6]")
     device: str = setting("auto", "where to compute; auto: on CUDA where there is one", choices=("auto", "cpu", "cuda"))
     threads: int = setting(0, "CPU threads of a process; 0: torch's own choice", "threads", "", "[0, 4096]")
     tensorboard: bool = setting(False, "write TensorBoard files too (needs requirements-extra.txt)")

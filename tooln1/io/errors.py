@@ -1,24 +1,24 @@
-"""What every room needs to fail politely: the error a user can mend, and files that are never half-written."""
-
-from __future__ import annotations
+"""UserError, the stop by a signal, and the exit codes of the entry points."""
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: a wrong key, a missing file, a malformed row, a full disk.
+    """A mistake that the user can correct, in one or two sentences: value, file or setting, and what to do.
 
-    Its text is one or two plain sentences: what is wrong, with the value and the file or key, and the way out.
-    Entry points print it on stderr and exit with code 2; any other exception keeps its traceback.
+    printed_here: whether this process of several prints it; None: the first process of each node does.
     """
 
-    told = False  # another process of the same job has printed it already
+    def __init__(self, text: str, printed_here: bool | None = None):
+        super().__init__(text)
+        self.printed_here = printed_here
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and it did so in good order; `number` is the signal's."""
+    """A signal stopped the run, whose complete steps are saved; `number` is the signal's."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -26,28 +26,20 @@ class Stopped(Exception):
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
-    """Run an entry point, and end it with the exit code that its failure has.
-
-    2: a `UserError`, whose sentence goes to stderr; 128 + n: stopped by signal n (130: Ctrl-C); 1, with a traceback:
-    anything else. Of what is wrong with the command line, which all processes of a job share, one on each node speaks.
-    """
+    """Run `main`; exit with 2 after a UserError, which goes to stderr, with 128 + n after signal n, else as Python."""
     code = 0
     try:
         main()
     except UserError as error:
-        if not error.told and os.environ.get("LOCAL_RANK", "0") == "0":
+        undecided, code = error.printed_here is None, 2
+        if error.printed_here or (undecided and os.environ.get("LOCAL_RANK", "0") == "0"):
             print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except Stopped as stop:
-        code = 128 + stop.number
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+        elif undecided:
+            time.sleep(10)  # torchrun ends all processes when one exits: let the first of the node print before
+    except (Stopped, KeyboardInterrupt) as stop:
+        code = 128 + getattr(stop, "number", 2)
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        # All is done and closed. While the interpreter takes itself down, gloo's threads may still want its lock, and
-        # now and then one of them aborts the process ("terminate called without an active exception").
         sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        os._exit(code)  # gloo's threads can abort a process whose interpreter is being finalized
     if code:
         sys.exit(code)

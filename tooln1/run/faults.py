@@ -95,18 +95,16 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 @contextmanager
-def explain_oom(settings: Mapping[str, Any], note: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+def explain_oom(settings: Mapping[str, Any]) -> Iterator[Callable[[str], None]]:
     """A block in which memory that runs out is a UserError: what was being done, and the knobs with their values.
 
-    settings: the run's settings by name. The block is handed a function to say what it turns to ("step 3, update"),
-    which `note` is told too.
+    settings: the run's settings by name. The block is handed a function to say what it turns to ("step 3, update").
     """
     doing = "loading"
 
     def turn_to(what: str) -> None:
         nonlocal doing
         doing = what
-        note(what)
 
     try:
         yield turn_to

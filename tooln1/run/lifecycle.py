@@ -34,7 +34,7 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
     if config.threads:
         torch.set_num_threads(config.threads)
     run_dir = Path(config.run_dir)
-    with claimed(run_dir, world), explain_oom(asdict(config), world.note) as turn_to:
+    with claimed(run_dir, world), explain_oom(asdict(config)) as turn_to:
         checkpoint = find_checkpoint(run_dir, config.resume, world)
         tokenizer, examples, benches, notes = prepare(config, world, checkpoint)
         run = build(config, world, tokenizer, examples, benches, notes, turn_to)
@@ -93,9 +93,7 @@ def open_logs(run: Run) -> RunLog:
         with atomic_write(run_dir / "config.toml") as file:
             file.write(to_toml(replace(config, resume="", allow_changes="", check=False)))
     completed = run.done or None
-    log = RunLog(run_dir, run.steps, completed=completed, tensorboard=config.tensorboard, write=world.is_main)
-    world.remember(str(run_dir.absolute()))  # a restart by torchrun goes on with it
-    return log
+    return RunLog(run_dir, run.steps, completed=completed, tensorboard=config.tensorboard, write=world.is_main)
 
 
 def evaluate_if_due(run: Run) -> None:

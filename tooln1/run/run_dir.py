@@ -33,15 +33,11 @@ def find_checkpoint(run_dir: Path, resume: str, world: World) -> Checkpoint | No
         "auto"    None                           the newest whole one; none at all: None; none whole: refused
         a path    that one, if it is whole       that one, if it is of this directory; else refused
 
-    Where torchrun has restarted a job that had begun to write here, the newest counts, whatever the command line says.
     Rank 0 says what is passed over, and why. What is refused is a UserError.
     """
     folder, say = run_dir / CHECKPOINTS, print if world.is_main else lambda *words: None
     there = world.broadcast([path.name for path in complete_checkpoints(folder)])
     used = world.broadcast((run_dir / "metrics.jsonl").exists()) or there
-    restarted = world.remembers(str(run_dir.absolute()))
-    if restarted and (there or not resume):
-        resume = "auto"
     if not resume:
         if used:
             raise UserError(f"{run_dir} already holds a run: go on with --resume, or choose another --run-dir.")
@@ -59,7 +55,7 @@ def find_checkpoint(run_dir: Path, resume: str, world: World) -> Checkpoint | No
     path = Path(resume)
     if not path.is_dir():
         raise UserError(f"{path}: there is no such checkpoint; {folder} has {', '.join(there) or 'none'}.")
-    if used and not restarted and not is_in(path, run_dir):
+    if used and not is_in(path, run_dir):
         raise UserError(f"{run_dir} already holds another run than {path} is of: choose another --run-dir.")
     if faults := faults_of(path, world):
         raise UserError(f"{path} is not whole: {faults[0]}. Name another, or let --resume auto choose.")
