@@ -59,7 +59,7 @@ def test_more_processes_give_the_same_steps_and_the_same_tokens(folder, alone, p
     assert several["replies"] == alone["replies"]
 
 
-@pytest.mark.parametrize("written_by,read_by", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("written_by,read_by", [(1, 2), (2, 1), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_a_checkpoint_loads_at_another_world_size(folder, written_by, read_by):
     place = folder / f"checkpoints-{written_by}"
     saved = recorded_steps(folder, written_by, 10_000, 2, f"save={place}")

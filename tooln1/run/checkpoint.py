@@ -1,13 +1,11 @@
 """Checkpoints, written with torch.distributed.checkpoint, and the run directory that holds them.
 
-    checkpoints/latest          name of the newest one, written last
+    checkpoints/latest           name of the newest one, written last
     checkpoints/step-000020/
-        index.json              format, step, Adam's step, number of ranks, notes, size of each file
-        shard-00001-model-00003-of-00027.safetensors
-                                rank 0's rows of "model/NAME", "exp_avg/NAME" and "exp_avg_sq/NAME" (fp32) of one block
+        index.json               format, step, Adam's step, number of ranks, notes, size of each file
+        shard-00001-model-*      rank 0's rows of "model/NAME", "exp_avg/NAME" and "exp_avg_sq/NAME" (fp32), by block
 
-Any number of ranks can load it. Nothing is pickled. One file per block bounds the host memory, because torch puts the
-content of a file together before it writes it.
+Any number of ranks can load it; nothing is pickled. Files go by block because torch builds each in host memory first.
 """
 
 from __future__ import annotations
@@ -51,13 +49,8 @@ class Checkpoint:
 def save_checkpoint(
     directory: Path, step: int, policy: Transformer, optimizer: torch.optim.Optimizer, world: World, notes: dict
 ) -> Path:
-    """Write `directory`/step-NNNNNN on all ranks; `notes` is JSON data that comes back with it.
-
-    The directory is filled under a temporary name and renamed when every rank has written. Raises UserError on all
-    ranks where one cannot write; the checkpoints from before are then as they were.
-    """
-    final = directory / f"step-{step:06d}"
-    partial = directory / f".{final.name}.tmp"
+    """Write `directory`/step-NNNNNN with the JSON data `notes`; raises UserError on all ranks if one cannot write."""
+    final, partial = directory / f"step-{step:06d}", directory / f".step-{step:06d}.tmp"
     what = f"the checkpoint {final} could not be written"
 
     def write() -> list[tuple[str, int]]:
@@ -107,7 +100,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         index = json.loads((path / INDEX).read_text(encoding="utf-8"))
         if index.get("format") != FORMAT:
-            raise ValueError(f"its format is {index.get('format')}, not {FORMAT}: another version of this program's")
+            raise ValueError(f"its format is {index.get('format')}, not {FORMAT}: it is of another version of Tool-N1")
         for name, size in index["files"].items():  # torch does not notice if one is missing
             if (found := (path / name).stat().st_size) != size:
                 raise ValueError(f"{name} has {found} bytes, not {size}")
@@ -135,7 +128,7 @@ def _file_numbers(tensors: dict[str, Tensor]) -> dict[str, int]:
 
 @contextmanager
 def _as_user_error(what: str) -> Iterator[None]:
-    """Raise the first rank's error in a CheckpointException, which is no Exception, as the UserError "`what`: why"."""
+    """Raise the first error in a CheckpointException, which is not an Exception, as the UserError "`what`: why"."""
     try:
         yield
     except CheckpointException as error:
@@ -158,10 +151,8 @@ def remove_old(directory: Path, keep: int, keep_every: int) -> None:
 
 
 def set_aside(directory: Path, after: int) -> list[str]:
-    """Rename the checkpoints of later steps than `after`, which a run that resumes from there will write anew.
-
-    The latest first: a kill in between leaves the old run with fewer checkpoints, never with a gap.
-    """
+    """Rename the checkpoints of later steps than `after`, which a run that resumes from there will write anew."""
+    # The latest first: a kill in between leaves the old run with fewer checkpoints, never with a gap.
     later = [path for step, path in reversed(complete_checkpoints(directory).items()) if step > after]
     return [path.rename(f"{path}.set-aside-{time.strftime('%Y%m%d-%H%M%S')}").name for path in later]
 
@@ -182,10 +173,11 @@ def find_checkpoint(run_dir: Path, resume: str, world: World) -> Checkpoint | No
         used = bool(there) or (run_dir / "metrics.jsonl").exists()
         if used and not resume:
             raise UserError(f"{run_dir} already holds a run: go on with --resume auto, or choose another --run-dir.")
-        if used and resume != "auto" and not is_in(Path(resume), run_dir):
-            raise UserError(f"{run_dir} already holds another run than {resume} is of: choose another --run-dir.")
         if resume != "auto":
-            return read_checkpoint(Path(resume)) if resume else None
+            found = read_checkpoint(Path(resume)) if resume else None
+            if used and not is_in(found.path, run_dir):
+                raise UserError(f"{run_dir} already holds another run than {resume} is of: choose another --run-dir.")
+            return found
         for step, path in reversed(there.items()):
             try:
                 return read_checkpoint(path)
@@ -208,19 +200,18 @@ def is_in(checkpoint: Path, run_dir: Path) -> bool:
 def claimed(run_dir: Path, world: World) -> Iterator[None]:
     """Make the run directory if need be, lock it for the length of the block, remove what a killed process left in it.
 
-    Rank 0 does it. Raises UserError on all ranks where it cannot be written to, or another process holds the lock.
+    Raises UserError on all ranks where rank 0 cannot write to it, another process holds it, or a rank does not see it.
     """
 
     def prepare() -> int:
         check_writable(run_dir, "run_dir")
-        (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(run_dir, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{run_dir}: another process is writing there; wait for it, or end it.") from None
-        except OSError:  # a network file system without locks
-            pass
+        except OSError as error:
+            if isinstance(error, BlockingIOError):  # else it is a network file system without locks
+                raise UserError(f"{run_dir}: another process is writing there; wait for it, or end it.") from None
         written = clear_up(run_dir, ("config.toml", "metrics.jsonl", "rollouts.jsonl", "hf"))
         for name in written + clear_up(run_dir / CHECKPOINTS, (LATEST, "step-*")):
             print(f"removed {name}, which a killed process left unfinished")
@@ -233,3 +224,5 @@ def claimed(run_dir: Path, world: World) -> Iterator[None]:
     finally:
         if world.is_main:
             os.close(lock)
+            with suppress(OSError):  # it is not empty: the run has begun
+                run_dir.rmdir()
