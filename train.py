@@ -27,11 +27,11 @@ from tooln1.io.model_config import pair_cost
 from tooln1.io.progress import progress
 from tooln1.prompt import build_messages
 from tooln1.rewards import REWARDS
+from tooln1.run.checkpoint import find_checkpoint
 from tooln1.run.faults import keep_batch, ruined
 from tooln1.run.lifecycle import evaluate_if_due, finish_step, metrics_of_step, open_run
 from tooln1.run.metrics import Metrics
 from tooln1.run.reply_metrics import add_reply_metrics, add_sampler_gap, add_sampler_stats
-from tooln1.run.run_dir import find_checkpoint
 from tooln1.run.setup import Run, prepare
 from tooln1.sampler.distributed import generate_distributed
 from tooln1.settings import Config

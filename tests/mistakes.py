@@ -86,7 +86,11 @@ def held(patch):
     patch.setattr(fcntl, "flock", locked)
 
 
-P, FINISHED, RANK_FILE = "--config p.toml", "--run-dir finished --resume", "rank-00000-of-00001.safetensors"
+P, FINISHED, RANK_FILE = (
+    "--config p.toml",
+    "--run-dir finished --resume",
+    "shard-00001-model-00001-of-00004.safetensors",
+)
 SETTINGS = [
     ("unknown", "--learning-rat 1", "command line: there is no setting 'learning-rat'. Did you mean 'learning_rate'?"),
     ("like nothing", "--zzzzqqqq 1", "'zzzzqqqq'. --help lists"),
@@ -241,19 +245,20 @@ RUN = [
     ("below a file", "--run-dir data.jsonl/run", "run_dir data.jsonl/run: | data.jsonl is not a folder"),
     ("below a file, checked", "--check --run-dir data.jsonl/run", "data.jsonl is not a folder"),
     ("not writable", "", "run_dir run: | is not a folder that can be written to; name another", unwritable),
-    ("holds a run", "--run-dir finished", "finished already holds a run: go on with --resume"),
+    ("holds a run", "--run-dir finished", "finished already holds a run: go on with --resume auto"),
     ("held by another", FINISHED, "finished: another process is writing there; wait for it, or end it", held),
-    ("no such checkpoint", f"{FINISHED} no/such", "there is no such checkpoint; | has step-000001, step-000002"),
+    ("no such checkpoint", f"{FINISHED} no/such", "no/such cannot be resumed from: | No such file"),
     ("another run's", f"{FINISHED} moved/step-000002", "finished already holds another run than moved/step-000002"),
-    ("no checkpoint", "--resume model", "model is not whole: model/index.json: No such file"),
+    ("no checkpoint", "--resume model", "model cannot be resumed from: | No such file"),
     (
         "broken",
         f"{FINISHED} finished/checkpoints/step-000002",
-        f"is not whole: {RANK_FILE} has 1 bytes, not",
+        f"step-000002 cannot be resumed from: {RANK_FILE} has 1 bytes, not",
         checkpoints(RANK_FILE, "x"),
     ),
-    ("all broken", FINISHED, "finished/checkpoints: no checkpoint is whole", checkpoints(RANK_FILE, "x")),
-    ("all indices broken", FINISHED, "finished/checkpoints: no checkpoint is whole", checkpoints("index.json", "{")),
+    ("all broken", FINISHED, f"step-000001 cannot be resumed from: {RANK_FILE}", checkpoints(RANK_FILE, "x")),
+    ("all indices broken", FINISHED, "step-000001 cannot be resumed from", checkpoints("index.json", "{")),
+    ("old format", FINISHED, "its format is 1, not 2", checkpoints("index.json", '{"format": 1, "step": 1}')),
     ("other settings", f"{FINISHED} --seed 1", "other settings: seed 0 (now 1). Set them back | --allow-changes seed"),
     ("unknown change", f"{FINISHED} --seed 1 --allow-changes sed", "allow_changes: there is no setting 'sed' | 'seed'"),
     (
@@ -263,7 +268,11 @@ RUN = [
         rows("".join(line(id=name) for name in "abcd")),
     ),
     ("other model", f"{FINISHED} --model other", "other does not hold what | --allow-changes model"),
-    ("other shape", f"{FINISHED} --model other --allow-changes", "step-000002: cannot be resumed from"),
+    (
+        "other shape",
+        f"{FINISHED} --model other --allow-changes",
+        "step-000002 cannot be loaded into this model: | Size mismatch",
+    ),
     ("broken log", FINISHED, "finished/metrics.jsonl, line 1 is not JSON", {"finished/metrics.jsonl": "{\n"}),
     ("warning, checked", "--check --tokens-per-microbatch 9", "1 of 7 findings, | to be mended: lengths"),
     ("leak, checked", "--check --eval-data data.jsonl", "to be mended: train_eval_overlap"),

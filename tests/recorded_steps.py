@@ -98,9 +98,9 @@ def main() -> None:
         )
         record["replies"] = [[r.group, r.sample, r.reply] for r in sampled]
         if action == "save":
-            save_checkpoint(Path(folder), steps, policy, optimizer, world, {}, keep=2)
+            save_checkpoint(Path(folder), steps, policy, optimizer, world, {})
         elif action == "load":
-            record["resumed"] = load_checkpoint(Path(folder), policy, optimizer, world).step
+            record["resumed"] = load_checkpoint(Path(folder), policy, optimizer).step
             copy_weights(policy, target)
             record["weights"] = [p.flatten().tolist() for p in target.parameters()]
         if action in ("save", "load"):

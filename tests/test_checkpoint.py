@@ -1,8 +1,7 @@
-"""Checkpoints: what comes back is what was saved, a broken one is a sentence. Other world sizes: test_distributed."""
+"""Checkpoints and the run directory, in one process; other numbers of processes: test_distributed.py."""
 
-import errno
-import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,21 +9,13 @@ from conftest import reference
 
 from tooln1.distributed import World
 from tooln1.io.errors import UserError
-from tooln1.io.files import clear_up
 from tooln1.model import load_model
 from tooln1.run import checkpoint as module
-from tooln1.run.checkpoint import (
-    choose,
-    complete_checkpoints,
-    load_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-    set_aside,
-    unfinished,
-)
+from tooln1.run.checkpoint import claimed, complete_checkpoints, find_checkpoint, load_checkpoint, save_checkpoint
 
-OURS = ("latest", "step-*")
-ALONE = World(0, 1, torch.device("cpu"))
+WORLD = World(0, 1, torch.device("cpu"))
+EMBEDDING, BLOCK_0, BLOCK_1, NORM = (f"shard-00001-model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4))
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # no process group in these tests
 
 
 def trained(steps=2, seed=0):
@@ -46,184 +37,134 @@ def one_more(model, optimizer):
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
-def save(folder, step, model, optimizer, **how):
-    return save_checkpoint(folder, step, model, optimizer, ALONE, how.pop("notes", {}), **how)
+def save(run_dir, *steps):
+    """Write checkpoints of these steps in a run directory; returns the last."""
+    return [save_checkpoint(run_dir / "checkpoints", step, *trained(), WORLD, {}) for step in steps][-1]
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_training_goes_on_as_if_it_had_never_stopped(tmp_path):
+def test_a_resumed_run_takes_the_same_next_step(tmp_path):
     model, optimizer = trained()
-    path = save(tmp_path, 7, model, optimizer, notes={"config": {"seed": 3}, "bad_steps": 1})
+    path = save_checkpoint(tmp_path, 7, model, optimizer, WORLD, {"config": {"seed": 3}, "bad_steps": 1})
     assert names(tmp_path) == ["latest", "step-000007"] and (tmp_path / "latest").read_text() == "step-000007\n"
+    assert names(path) == ["index.json", EMBEDDING, BLOCK_0, BLOCK_1, NORM]
     want = one_more(model, optimizer)
     other, other_optimizer = trained(steps=1, seed=9)
-    loaded = load_checkpoint(path, other, other_optimizer, ALONE)
-    assert loaded == read_checkpoint(path)
+    loaded = load_checkpoint(path, other, other_optimizer)
     assert (loaded.step, loaded.ranks, loaded.notes) == (7, 1, {"config": {"seed": 3}, "bad_steps": 1})
-    for ours, theirs in zip(one_more(other, other_optimizer), want, strict=True):
-        assert torch.equal(ours, theirs)
+    assert all(map(torch.equal, one_more(other, other_optimizer), want))
 
 
 def test_before_the_first_step_there_are_no_moments(tmp_path):
+    path = save_checkpoint(tmp_path, 0, *trained(steps=0), WORLD, {})
     model, optimizer = trained(steps=0)
-    path = save(tmp_path, 0, model, optimizer)
-    other, other_optimizer = trained(steps=0)
-    assert load_checkpoint(path, other, other_optimizer, ALONE).step == 0
-    assert not other_optimizer.state
+    assert load_checkpoint(path, model, optimizer).step == 0 and not optimizer.state
 
 
 def test_the_newest_are_kept_and_those_of_every_so_many_steps(tmp_path):
-    model, optimizer = trained()
-    for step in range(1, 9):
-        save(tmp_path, step, model, optimizer, keep=2, keep_every=3)
-    assert names(tmp_path) == ["latest", "step-000003", "step-000006", "step-000007", "step-000008"]
-    save(tmp_path, 1_000_000, model, optimizer, keep=1)
-    assert names(tmp_path) == ["latest", "step-1000000"]
+    for step in (*range(1, 9), 1_000_000):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    module.remove_old(tmp_path, keep=0, keep_every=3)
+    assert len(names(tmp_path)) == 9
+    module.remove_old(tmp_path, keep=2, keep_every=3)
+    assert list(complete_checkpoints(tmp_path)) == [3, 6, 8, 1_000_000] and len(names(tmp_path)) == 4
 
 
-def newest(folder):
-    path, skipped = choose(folder, ALONE)
-    return path and path.name, skipped
+@pytest.mark.parametrize(
+    "resume,new,used",
+    [
+        ("", None, "already holds a run: go on with --resume auto"),
+        ("auto", None, 2),
+        ("run/checkpoints/step-000001", "cannot be resumed from: .*No such file", 1),
+        ("other/checkpoints/step-000005", 5, "already holds another run"),
+        ("nowhere", "cannot be resumed from: .*No such file", "cannot be resumed from: .*No such file"),
+    ],
+)
+def test_where_a_run_goes_on(tmp_path, monkeypatch, resume, new, used):
+    monkeypatch.chdir(tmp_path)
+    save(Path("other"), 5)
+    for wanted in (new, used):
+        if isinstance(wanted, str):
+            with pytest.raises(UserError, match=wanted):
+                find_checkpoint(Path("run"), resume, WORLD)
+        else:
+            found = find_checkpoint(Path("run"), resume, WORLD)
+            assert (found and found.step) == wanted
+        save(Path("run"), 1, 2)
 
 
-def test_the_newest_whole_one_is_chosen_and_the_others_are_named(tmp_path):
-    model, optimizer = trained()
-    assert newest(tmp_path / "nowhere") == (None, [])
-    paths = {step: save(tmp_path, step, model, optimizer) for step in range(1, 7)}
-    assert newest(tmp_path) == ("step-000006", [])
-    (file,) = paths[6].glob("rank*")
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 1
-    file.write_bytes(content)
-    (file,) = paths[5].glob("rank*")
-    file.write_bytes(file.read_bytes()[:-5])
-    next(paths[4].glob("rank*")).unlink()
-    (paths[3] / "index.json").write_text("{")
-    name, skipped = newest(tmp_path)
-    assert name == "step-000002"
-    for line, words in zip(
-        skipped,
-        [
-            "000006 (rank-00000-of-00001.safetensors is not as it was written",
-            "000005 (rank-00000-of-00001.safetensors has",
-            "000004 (rank-00000-of-00001.safetensors is missing",
-            "000003 (index.json cannot be read",
-        ],
-        strict=True,
-    ):
-        assert line.startswith("step-" + words)
-
-
-def test_what_a_kill_leaves_behind_is_cleared_up(tmp_path):
-    """Killed between the two renames of a replacement, while writing, and while removing."""
-    model, optimizer = trained()
-    save(tmp_path, 1, model, optimizer)
-    os.replace(tmp_path / "step-000001", tmp_path / ".step-000001.old")
-    (tmp_path / ".step-000002.tmp").mkdir()
-    (tmp_path / ".step-000000.removed.tmp").mkdir()
-    (tmp_path / ".latest.abc.tmp").write_text("step-")
-    (tmp_path / ".bashrc.old").write_text("not ours")
-    (tmp_path / ".notes.tmp").write_text("nor this")
-    assert unfinished(clear_up(tmp_path, OURS)) == ["step-000002"]
-    assert (tmp_path / ".bashrc.old").exists() and (tmp_path / ".notes.tmp").exists()
-    (tmp_path / ".bashrc.old").unlink()
-    (tmp_path / ".notes.tmp").unlink()
-    assert names(tmp_path) == ["latest", "step-000001"]
-    os.replace(tmp_path / "step-000001", tmp_path / ".step-000001.old")
-    save(tmp_path, 1, model, optimizer)
-    (tmp_path / ".step-000001.old").mkdir()
-    clear_up(tmp_path, OURS)
-    assert names(tmp_path) == ["latest", "step-000001"] and newest(tmp_path)[0] == "step-000001"
-
-
-def test_later_ones_are_set_aside(tmp_path):
-    model, optimizer = trained()
-    for _ in range(2):
-        for step in (1, 2, 3):
-            save(tmp_path, step, model, optimizer)
-        moved = set_aside(tmp_path, 1)
-    assert moved == ["step-000003.set-aside-2", "step-000002.set-aside-2"]
-    assert (tmp_path / "latest").read_text() == "step-000001\n"
-    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-000001"]
-    assert newest(tmp_path) == ("step-000001", [])
-
-
-@pytest.mark.parametrize("failing", ["save_file", "flush", "_checksum", "put_in_place"])
-def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, failing):
-    model, optimizer = trained()
-    save(tmp_path, 1, model, optimizer)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(module, failing, full)
-    with pytest.raises(UserError, match="step-000002 could not be written: No space left .* good one is step-000001"):
-        save(tmp_path, 2, model, optimizer, keep=1)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert names(tmp_path) == ["latest", "step-000001"]
-
-
-def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    """Files, then the directory, then the rename, then the directory above, then `latest`, then the old ones go."""
-    done = []
-    for name in ("flush", "put_in_place", "_retire"):
-        original = getattr(module, name)
-
-        def recorded(path, *args, name=name, original=original):
-            done.append((name, path.name))
-            return original(path, *args)
-
-        monkeypatch.setattr(module, name, recorded)
-    model, optimizer = trained()
-    save(tmp_path, 1, model, optimizer)
-    assert done == [
-        ("flush", "rank-00000-of-00001.safetensors"),
-        ("flush", "index.json"),
-        ("flush", ".step-000001.tmp"),
-        ("put_in_place", ".step-000001.tmp"),
-        ("_retire", tmp_path.name),
-    ]
-
-
-def broken(tmp_path, how):
-    model, optimizer = trained()
-    path = save(tmp_path, 1, model, optimizer)
-    (file,) = path.glob("*.safetensors")
-    index = json.loads((path / "index.json").read_text())
-    if how == "gone":
-        file.unlink()
-    elif how == "cut":
-        file.write_bytes(file.read_bytes()[:1000])
-    elif how == "not json":
-        (path / "index.json").write_text("{")
-    elif how == "deep":
-        (path / "index.json").write_text("[" * 100_000)
-    elif how == "no step":
-        (path / "index.json").write_text(json.dumps({"format": 1, "ranks": 1}))
-    elif how == "a million ranks":
-        (path / "index.json").write_text(json.dumps(index | {"ranks": 10**6}))
-    elif how == "rows":
-        index["tensors"]["model/model.norm.weight"]["ends"] = [10**9]
-        (path / "index.json").write_text(json.dumps(index))
-    elif how == "tensors":
-        (path / "index.json").write_text(json.dumps(index | {"tensors": 5}))
-    return path
-
-
-@pytest.mark.parametrize("how", ["gone", "cut", "not json", "deep", "no step", "a million ranks", "rows", "tensors"])
-def test_a_broken_checkpoint_is_a_sentence(tmp_path, how):
-    path = broken(tmp_path, how)
-    model, optimizer = trained()
-    with pytest.raises(UserError, match="cannot be resumed from"):
-        load_checkpoint(path, model, optimizer, ALONE)
+@pytest.mark.parametrize(
+    "file,content,why",
+    [
+        (EMBEDDING, None, "No such file"),
+        (EMBEDDING, "x", "has 1 bytes, not"),
+        ("index.json", "{", "Expecting property name"),
+        ("index.json", '{"format": 1, "step": 2}', "its format is 1, not 2"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_or_passed_over(tmp_path, capsys, file, content, why):
+    path = save(tmp_path, 1, 2)
+    (path / file).unlink() if content is None else (path / file).write_text(content)
+    for refused in (lambda: load_checkpoint(path, *trained()), lambda: find_checkpoint(tmp_path, str(path), WORLD)):
+        with pytest.raises(UserError, match=f"step-000002 cannot be resumed from: .*{why}"):
+            refused()
+    assert find_checkpoint(tmp_path, "auto", WORLD).step == 1
+    assert "passed over: " in capsys.readouterr().out
+    (tmp_path / "checkpoints/step-000001/index.json").unlink()
+    with pytest.raises(UserError, match="step-000001 cannot be resumed from"):
+        find_checkpoint(tmp_path, "auto", WORLD)
 
 
 def test_the_checkpoint_of_another_model_is_refused(tmp_path):
-    path = broken(tmp_path, "not at all")
     model = load_model(reference("models/dev/qwen1p5b_12x2_tied_bf16_sharded"))
-    with pytest.raises(UserError, match="Is it of this model"):
-        load_checkpoint(path, model, torch.optim.AdamW(model.parameters()), ALONE)
+    with pytest.raises(UserError, match="cannot be loaded into this model: .*Size mismatch"):
+        load_checkpoint(save(tmp_path, 1), model, torch.optim.AdamW(model.parameters()))
+
+
+@pytest.mark.parametrize("failing", ["write_data", "put_in_place"])
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, failing):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(module if failing == "put_in_place" else module.dcp.HuggingFaceStorageWriter, failing, full)
+    with pytest.raises(UserError, match="step-000002 could not be written: No space left on device"):
+        save(tmp_path, 2)
+    assert find_checkpoint(tmp_path, "auto", WORLD).step == 1
+    assert names(tmp_path / "checkpoints") == ["latest", "step-000001"]
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append(f"-> {Path(new).name}"), replace(old, new)))
+    save(tmp_path, 1)
+    renamed = done.index("-> step-000001")
+    assert {EMBEDDING, BLOCK_0, BLOCK_1, NORM, "-> index.json", ".step-000001.tmp"} <= set(done[:renamed])
+    assert done[renamed + 1] == "checkpoints" and done[-2:] == ["-> latest", "checkpoints"]
+
+
+def test_a_run_directory_is_locked_and_cleared_of_what_a_kill_left(tmp_path, capsys):
+    """Killed while writing, while removing, and between the two renames of a replacement."""
+    folder = save(tmp_path, 1).parent
+    os.replace(folder / "step-000001", folder / ".step-000001.old")
+    for left in (".step-000002.tmp", ".step-000000.removed.tmp", ".notes.tmp"):  # the last is not ours
+        (folder / left).mkdir()
+    with claimed(tmp_path, WORLD):
+        assert names(folder) == [".notes.tmp", "latest", "step-000001"]
+        assert "removed .step-000002.tmp, which a killed process left unfinished" in capsys.readouterr().out
+        with pytest.raises(UserError, match="another process is writing there"), claimed(tmp_path, WORLD):
+            pass
+    with claimed(tmp_path, WORLD), claimed(tmp_path / "new", WORLD):
+        assert find_checkpoint(tmp_path, "auto", WORLD).step == 1
+    assert not (tmp_path / "new").exists()  # nothing was written there
+
+
+def test_later_ones_are_set_aside(tmp_path):
+    folder = save(tmp_path, 1, 2, 3).parent
+    moved = module.set_aside(folder, 1)
+    assert [name[:21] for name in moved] == ["step-000003.set-aside", "step-000002.set-aside"]
+    assert names(folder) == ["latest", "step-000001", *sorted(moved)]

@@ -68,7 +68,7 @@ def test_more_processes_give_the_same_steps_and_the_same_tokens(folder, one_proc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("written_by,read_by", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("written_by,read_by", [(1, 2), (2, 1), (2, 3)])
 def test_a_checkpoint_loads_at_another_world_size(folder, written_by, read_by):
     checkpoints = folder / f"checkpoints-{written_by}"
     saved = recorded_steps(folder, written_by, 10_000, 2, f"save={checkpoints}")

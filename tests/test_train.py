@@ -86,7 +86,7 @@ def test_the_run_directory_is_complete(finished, place):
 def test_a_resumed_run_ends_where_the_whole_one_does(finished, place, capsys):
     run(place, "resumed", steps=2, eval_before_training=True, resume="auto")
     assert "no checkpoint in" in capsys.readouterr().out
-    with pytest.raises(UserError, match="there is no such checkpoint; .* has step-000002"):
+    with pytest.raises(UserError, match="step-000009 cannot be resumed from: .*No such file"):
         run(place, "resumed", steps=3, resume=str(place / "resumed/checkpoints/step-000009"))
     run(place, "resumed", steps=3, eval_before_training=True, resume="auto")
     assert "step-000002, with step 3" in capsys.readouterr().out

@@ -1,333 +1,228 @@
-"""Checkpoints: fp32 weights, Adam state, step and the run's own notes, whole or not there at all.
+"""Checkpoints, written with torch.distributed.checkpoint, and the run directory that holds them.
 
-    checkpoints/
-        latest                                   name of the newest one, written last
-        step-000020/
-            rank-00000-of-00002.safetensors      this rank's rows of "model/NAME", "exp_avg/NAME", "exp_avg_sq/NAME"
-            rank-00001-of-00002.safetensors
-            index.json                           step, notes, shape of each tensor and who has which of its rows,
-                                                 size and checksum of each file
+    checkpoints/latest           name of the newest one, written last
+    checkpoints/step-000020/
+        index.json               format, step, Adam's step, number of ranks, notes, size of each file
+        shard-00001-model-*      rank 0's rows of "model/NAME", "exp_avg/NAME" and "exp_avg_sq/NAME" (fp32), by block
 
-FSDP2 gives each rank consecutive rows of dimension 0, so the ranks' pieces, one after the other, are the tensor; a
-run at another world size reads just the rows it needs. The directory is filled under another name, flushed to the
-disk and renamed when every rank has written; only then are older ones removed. Nothing is ever pickled, which rules
-out the default storage of torch.distributed.checkpoint; its Hugging Face storage builds each rank's file in memory
-first, and knows no checksums.
+Any number of ranks can load it; nothing is pickled. Files go by block because torch builds each in host memory first.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
-import re
+import os
 import shutil
-import zlib
-from collections.abc import Iterable
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tooln1.distributed import World
 from tooln1.io.errors import UserError
-from tooln1.io.files import atomic_write, flush, put_in_place
+from tooln1.io.files import atomic_write, check_writable, clear_up, put_in_place
 from tooln1.model import Transformer
 
-_NAME = re.compile(r"step-(\d{6,18})")
+CHECKPOINTS, LATEST, INDEX = "checkpoints", "latest", "index.json"
+FORMAT = 2  # 1 was a layout of our own, which torch.distributed.checkpoint cannot read
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-INDEX, LATEST = "index.json", "latest"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What index.json says, but for the tensors."""
+    """What index.json says."""
 
     path: Path
-    step: int  # steps that are done
+    step: int  # completed steps
+    adam_step: int  # optimizer steps that were applied
     ranks: int  # processes that wrote it
-    notes: dict[str, Any]  # as given to `save_checkpoint`
-
-
-# ------------------------------------------------------------------------------------------------------ writing
+    notes: dict  # as given to `save_checkpoint`
 
 
 def save_checkpoint(
-    directory: Path,
-    step: int,
-    policy: Transformer,
-    optimizer: torch.optim.Optimizer,
-    world: World,
-    notes: dict,
-    keep: int = 0,
-    keep_every: int = 0,
+    directory: Path, step: int, policy: Transformer, optimizer: torch.optim.Optimizer, world: World, notes: dict
 ) -> Path:
-    """Write `directory`/step-NNNNNN, every rank its own file; `notes` is JSON data that comes back with it.
-
-    Kept are the newest `keep` (0: all) and those of every `keep_every`-th step. Raises UserError on all ranks where
-    one cannot write: what was there before is then still there, and what was begun is not.
-    """
-    final = directory / f"step-{step:06d}"
-    partial = directory / f".{final.name}.tmp"
+    """Write `directory`/step-NNNNNN with the JSON data `notes`; raises UserError on all ranks if one cannot write."""
+    final, partial = directory / f"step-{step:06d}", directory / f".step-{step:06d}.tmp"
     what = f"the checkpoint {final} could not be written"
 
-    def begin() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-    def write() -> dict:
-        partial.mkdir(exist_ok=True)  # on a network's disk it may not show here yet
-        file = partial / _rank_file(world.rank, world.size)
-        tensors = _local_tensors(policy, optimizer)
-        save_file(tensors, file)
-        flush(file)
-        return {"bytes": file.stat().st_size, "crc32": _checksum(file), "rows": [len(t) for t in tensors.values()]}
+    def write() -> list[tuple[str, int]]:
+        tensors = _tensors(policy, optimizer.state)
+        writer = dcp.HuggingFaceStorageWriter(str(partial), _file_numbers(tensors), save_distributed=True)
+        with _as_user_error(what):
+            dcp.save(tensors, storage_writer=writer)
+        return [(file.name, file.stat().st_size) for file in partial.glob(f"shard-{world.rank + 1:05d}-*")]
 
     def complete() -> None:
-        steps = [int(state["step"]) for state in optimizer.state.values()]
-        about = {"format": 1, "step": step, "adam_step": max(steps, default=0), "ranks": world.size, "notes": notes}
-        index = about | {"files": files, "tensors": _table(policy, optimizer, [file.pop("rows") for file in files])}
-        (partial / INDEX).write_text(json.dumps(index) + "\n", encoding="utf-8")
-        flush(partial / INDEX)
-        flush(partial)
+        adam_step = max((int(state["step"]) for state in optimizer.state.values()), default=0)
+        index = {"format": FORMAT, "step": step, "adam_step": adam_step, "ranks": world.size, "notes": notes}
+        with atomic_write(partial / INDEX) as file:
+            json.dump(index | {"files": dict(files)}, file)
         put_in_place(partial, final)
-        with suppress(OSError):  # the checkpoint is there, whatever becomes of the rest
-            _point_to(final)
-            _retire(directory, step, keep, keep_every)
+        with atomic_write(directory / LATEST) as file:
+            file.write(final.name + "\n")
 
     try:
-        world.run_on_all_ranks(begin if world.is_main else lambda: None, what)
-        files = world.gather([world.run_on_all_ranks(write, what)])
+        files = world.gather(world.run_on_all_ranks(write, what))
         world.run_on_all_ranks(complete if world.is_main else lambda: None, what)
     except UserError as error:
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-        there = complete_checkpoints(directory)
-        good = f"The last good one is {there[-1].name}" if there else "There is none before it"
-        raise UserError(f"{error} {good}; make room or mend the folder, then --resume.") from error
+        raise UserError(f"{error} Make room or mend the folder, then go on with --resume auto.") from error
     return final
 
 
-def _table(policy: Transformer, optimizer: torch.optim.Optimizer, rows: list[list[int]]) -> dict[str, dict]:
-    """Of each tensor its global shape and, rank by rank, the row behind its last: where the pieces lie."""
-    shapes = [(key, parameter.shape) for key, parameter, _ in _named(policy, optimizer)]
-    return {
-        key: {"shape": list(shape), "ends": [sum(mine[i] for mine in rows[: rank + 1]) for rank in range(len(rows))]}
-        for i, (key, shape) in enumerate(shapes)
-    }
+def load_checkpoint(path: Path, policy: Transformer, optimizer: torch.optim.Optimizer) -> Checkpoint:
+    """Fill `policy` and `optimizer` in place, on all ranks, from a checkpoint of any number of ranks.
 
-
-def _named(policy: Transformer, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor, Tensor]]:
-    """(key, parameter, the tensor itself), in the order of the files."""
-    found = []
-    for name, parameter in policy.named_parameters():
-        found.append((f"model/{name}", parameter, parameter))
-        if parameter in optimizer.state:
-            state = optimizer.state[parameter]
-            found += [(f"{moment}/{name}", parameter, state[moment]) for moment in _MOMENTS]
-    return found
-
-
-def _local_tensors(policy: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {key: _local(tensor).detach().cpu().contiguous() for key, _, tensor in _named(policy, optimizer)}
-
-
-def _point_to(checkpoint: Path) -> None:
-    with atomic_write(checkpoint.parent / LATEST) as file:
-        file.write(checkpoint.name + "\n")
-
-
-def _retire(directory: Path, step: int, keep: int, keep_every: int) -> None:
-    """Of those up to `step` remove all but the newest `keep` and the `keep_every`-th; each is gone at once or not."""
-    there = [path for path in complete_checkpoints(directory) if step_of(path) <= step]
-    for old in there[:-keep] if keep else []:
-        if not keep_every or step_of(old) % keep_every:
-            doomed = directory / f".{old.name}.removed.tmp"
-            old.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _rank_file(rank: int, ranks: int) -> str:
-    return f"rank-{rank:05d}-of-{ranks:05d}.safetensors"
-
-
-def _checksum(file: Path) -> int:
-    total = 0
-    with open(file, "rb") as handle:
-        while block := handle.read(1 << 22):
-            total = zlib.crc32(block, total)
-    return total
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-# ----------------------------------------------------------------------------------------------------- choosing
-
-
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints in `directory`, oldest first, going by their names; `choose` looks at their files."""
-    return sorted((path for path in directory.glob("step-*") if _NAME.fullmatch(path.name)), key=step_of)
-
-
-def step_of(path: Path) -> int:
-    """The number in a checkpoint's name."""
-    return int(_NAME.fullmatch(path.name)[1])
-
-
-def choose(directory: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint in `directory`, and for each newer one its name and why it is passed over."""
-    skipped = []
-    # as rank 0 sees them: a network's disk may show others something else
-    for name in world.broadcast([path.name for path in reversed(complete_checkpoints(directory))]):
-        if not (faults := faults_of(directory / name, world)):
-            return directory / name, skipped
-        skipped.append(f"{name} ({faults[0]})")
-    return None, skipped
-
-
-def unfinished(names: Iterable[str]) -> list[str]:
-    """Of the `names` that a killed process left behind, the checkpoints that it was writing."""
-    written = (name[1 : -len(".tmp")] for name in names if name.endswith(".tmp"))
-    return [name for name in written if _NAME.fullmatch(name)]
-
-
-def faults_of(checkpoint: Path, world: World) -> list[str]:
-    """What is wrong with the files of a checkpoint, the same on every rank; each reads its share of them once."""
-    faults = []
-    try:
-        index = _read_index(checkpoint)
-        for rank in range(world.rank, index["ranks"], world.size):
-            file, wanted = checkpoint / _rank_file(rank, index["ranks"]), index["files"][rank]
-            if not file.exists():
-                faults.append(f"{file.name} is missing")
-            elif file.stat().st_size != wanted["bytes"]:
-                faults.append(f"{file.name} has {file.stat().st_size} bytes, not {wanted['bytes']}")
-            elif _checksum(file) != wanted["crc32"]:
-                faults.append(f"{file.name} is not as it was written: its checksum differs")
-    except OSError as error:
-        faults.append(f"{error.filename}: {error.strerror}")
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        faults.append(f"{INDEX} cannot be read: {error!r}")
-    return world.gather(faults)
-
-
-def set_aside(directory: Path, after: int) -> list[str]:
-    """Rename the checkpoints of later steps than `after`, which a run that goes on from there will write anew.
-
-    The latest first: a kill in between leaves the old run with fewer checkpoints, never with a gap.
+    Raises UserError where a file is missing or broken, or a tensor is missing or has another shape.
     """
-    moved = []
-    for path in reversed(complete_checkpoints(directory)):
-        if step_of(path) > after:
-            names = (f"{path.name}.set-aside{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 10_000))))
-            moved.append(next(name for name in names if not (directory / name).exists()))
-            path.rename(directory / moved[-1])
-    if moved and (left := complete_checkpoints(directory)):
-        _point_to(left[-1])
-    return moved
-
-
-def _read_index(checkpoint: Path) -> dict:
-    index = json.loads((checkpoint / INDEX).read_text(encoding="utf-8"))
-    if index["format"] != 1 or not all(type(index[key]) is int for key in ("step", "adam_step", "ranks")):
-        raise ValueError("it is of another version of this program")
-    notes = index["notes"]
-    known = isinstance(notes, dict) and isinstance(notes.get("bad_steps", 0), int)
-    known &= isinstance(notes.get("cache_tokens", []), list)
-    if len(index["files"]) != index["ranks"] or not known:
-        raise ValueError("its parts do not belong together")
-    return index
-
-
-# ------------------------------------------------------------------------------------------------------ reading
+    checkpoint, state = read_checkpoint(path), {}
+    for parameter in policy.parameters() if checkpoint.adam_step else ():
+        device = parameter.device if optimizer.defaults.get("fused") else "cpu"  # as AdamW itself has it
+        adam_step = torch.tensor(float(checkpoint.adam_step), device=device)
+        state[parameter] = {"step": adam_step} | {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
+    with _as_user_error(f"{path} cannot be loaded into this model"), torch.no_grad():
+        dcp.load(_tensors(policy, state), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    optimizer.state.update(state)
+    return checkpoint
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """What a checkpoint says of itself. Raises UserError where it cannot be read."""
+    """What a checkpoint says of itself. Raises UserError unless all its files are there, each with its size."""
     try:
-        index = _read_index(path)
-        return Checkpoint(path, index["step"], index["ranks"], index["notes"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _unreadable(path, error) from error
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        if index.get("format") != FORMAT:
+            raise ValueError(f"its format is {index.get('format')}, not {FORMAT}: it is of another version of Tool-N1")
+        for name, size in index["files"].items():  # torch does not notice if one is missing
+            if (found := (path / name).stat().st_size) != size:
+                raise ValueError(f"{name} has {found} bytes, not {size}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be resumed from: {error}. Name another, or start anew elsewhere.") from error
+    return Checkpoint(path, index["step"], index["adam_step"], index["ranks"], index["notes"])
 
 
-def load_checkpoint(path: Path, policy: Transformer, optimizer: torch.optim.Optimizer, world: World) -> Checkpoint:
-    """Fill `policy` and `optimizer` in place from a checkpoint that was written at any world size.
+def _tensors(policy: Transformer, state: dict[Tensor, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by key: parameters, and their moments where the optimizer's `state` has them."""
+    tensors = {}
+    for name, parameter in policy.named_parameters():
+        tensors[f"model/{name}"] = parameter
+        if parameter in state:
+            tensors |= {f"{moment}/{name}": state[parameter][moment] for moment in _MOMENTS}
+    return tensors
 
-    Raises UserError where a file is missing, broken, or of another model.
+
+def _file_numbers(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Key -> number of its file, from 1: a block's tensors share one, as does any other parameter with its moments."""
+    numbers: dict[str, int] = {}
+    groups = {key: tuple(key.partition("/")[2].split(".")[:3]) for key in tensors}  # ("model", "layers", "7")
+    return {key: numbers.setdefault(group, len(numbers) + 1) for key, group in groups.items()}
+
+
+@contextmanager
+def _as_user_error(what: str) -> Iterator[None]:
+    """Raise the first error in a CheckpointException, which is not an Exception, as the UserError "`what`: why"."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise UserError(f"{what}: {getattr(cause, 'strerror', None) or repr(cause)}.") from error
+
+
+def complete_checkpoints(directory: Path) -> dict[int, Path]:
+    """Step -> checkpoint, oldest first, going by the names in `directory`; `read_checkpoint` looks at the files."""
+    steps = {path.name.removeprefix("step-"): path for path in directory.glob("step-*")}
+    return {int(step): steps[step] for step in sorted(filter(str.isdecimal, steps), key=int)}
+
+
+def remove_old(directory: Path, keep: int, keep_every: int) -> None:
+    """Remove all checkpoints but the newest `keep` (0: all stay) and those of every `keep_every`-th step."""
+    for step, path in list(complete_checkpoints(directory).items())[:-keep] if keep else ():
+        if not keep_every or step % keep_every:
+            with suppress(OSError):  # the run goes on with one too many
+                shutil.rmtree(path.rename(directory / f".{path.name}.removed.tmp"))  # a kill leaves no half of one
+
+
+def set_aside(directory: Path, after: int) -> list[str]:
+    """Rename the checkpoints of later steps than `after`, which a run that resumes from there will write anew."""
+    # The latest first: a kill in between leaves the old run with fewer checkpoints, never with a gap.
+    later = [path for step, path in reversed(complete_checkpoints(directory).items()) if step > after]
+    return [path.rename(f"{path}.set-aside-{time.strftime('%Y%m%d-%H%M%S')}").name for path in later]
+
+
+def find_checkpoint(run_dir: Path, resume: str, world: World) -> Checkpoint | None:
+    """The checkpoint to resume from, None to begin with the first step; changes nothing.
+
+        resume    the directory is new           it has logs or checkpoints
+        ""        None                           refused
+        "auto"    None                           the newest complete one; none at all: None; none complete: refused
+        a path    that one, if it is complete    that one, if it is of this directory; else refused
+
+    Rank 0 decides, and prints which ones it passes over, and why. What is refused is a UserError on all ranks.
     """
+
+    def find() -> Checkpoint | None:
+        there = complete_checkpoints(run_dir / CHECKPOINTS)
+        used = bool(there) or (run_dir / "metrics.jsonl").exists()
+        if used and not resume:
+            raise UserError(f"{run_dir} already holds a run: go on with --resume auto, or choose another --run-dir.")
+        if resume != "auto":
+            found = read_checkpoint(Path(resume)) if resume else None
+            if used and not is_in(found.path, run_dir):
+                raise UserError(f"{run_dir} already holds another run than {resume} is of: choose another --run-dir.")
+            return found
+        for step, path in reversed(there.items()):
+            try:
+                return read_checkpoint(path)
+            except UserError as error:
+                if step == min(there):
+                    raise
+                print(f"passed over: {error}")
+        print(f"no checkpoint in {run_dir / CHECKPOINTS}: beginning with step 1")
+        return None
+
+    return world.broadcast(world.run_on_all_ranks(find if world.is_main else lambda: None, f"reading {run_dir}"))
+
+
+def is_in(checkpoint: Path, run_dir: Path) -> bool:
+    """Whether a checkpoint is one of this directory's own."""
+    return checkpoint.resolve().parent == (run_dir / CHECKPOINTS).resolve()
+
+
+@contextmanager
+def claimed(run_dir: Path, world: World) -> Iterator[None]:
+    """Make the run directory if need be, lock it for the length of the block, remove what a killed process left in it.
+
+    Raises UserError on all ranks where rank 0 cannot write to it, another process holds it, or a rank does not see it.
+    """
+
+    def prepare() -> int:
+        check_writable(run_dir, "run_dir")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(run_dir, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError):  # else it is a network file system without locks
+                raise UserError(f"{run_dir}: another process is writing there; wait for it, or end it.") from None
+        written = clear_up(run_dir, ("config.toml", "metrics.jsonl", "rollouts.jsonl", "hf"))
+        for name in written + clear_up(run_dir / CHECKPOINTS, (LATEST, "step-*")):
+            print(f"removed {name}, which a killed process left unfinished")
+        return lock
+
+    lock = world.run_on_all_ranks(prepare if world.is_main else lambda: None, f"{run_dir} cannot be written to")
     try:
-        index = _read_index(path)
-        reader = _Reader(path, index)
-        with torch.no_grad():
-            for name, parameter in policy.named_parameters():
-                _local(parameter).copy_(reader.rows(f"model/{name}", parameter, world))
-                if index["adam_step"]:
-                    where = parameter.device if optimizer.defaults.get("fused") else "cpu"  # as AdamW itself has it
-                    optimizer.state[parameter] = {
-                        "step": torch.tensor(float(index["adam_step"]), device=where),
-                        **{moment: _moment(reader, f"{moment}/{name}", parameter, world) for moment in _MOMENTS},
-                    }
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
-    return read_checkpoint(path)
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{path}: cannot be resumed from ({type(error).__name__}: {error}). Is it of this model? Name another "
-        "checkpoint with --resume DIR, or start anew in another run directory."
-    )
-
-
-class _Reader:
-    """The files of a checkpoint, opened as they are needed."""
-
-    def __init__(self, path: Path, index: dict):
-        self.path, self.ranks, self.tensors = path, index["ranks"], index["tensors"]
-        self.files: dict[int, Any] = {}
-
-    def rows(self, key: str, parameter: Tensor, world: World) -> Tensor:
-        """This rank's rows of the tensor `key`, whose pieces lie in the files one after the other."""
-        shape, ends = self.tensors[key]["shape"], self.tensors[key]["ends"]
-        if shape != list(parameter.shape) or len(ends) != self.ranks or ends[-1] != shape[0]:
-            raise ValueError(f"{key} has shape {shape}, the model {list(parameter.shape)}")
-        first, last = _own_rows(parameter, world)
-        pieces = []
-        for rank, (start, end) in enumerate(zip([0, *ends], ends)):  # noqa: B905  the starts have one more
-            low, high = max(first, start), min(last, end)
-            if low < high:
-                piece = self._file(rank).get_slice(key)
-                if piece.get_shape() != [end - start, *shape[1:]]:
-                    raise ValueError(f"{key} has shape {piece.get_shape()} in the file of rank {rank}")
-                pieces.append(piece[low - start : high - start])
-        return torch.cat(pieces) if pieces else _local(parameter).new_empty(0, *parameter.shape[1:])
-
-    def _file(self, rank: int) -> Any:
-        if rank not in self.files:
-            self.files[rank] = safe_open(self.path / _rank_file(rank, self.ranks), framework="pt")
-        return self.files[rank]
-
-
-def _own_rows(parameter: Tensor, world: World) -> tuple[int, int]:
-    """The first of this rank's rows, and the one behind its last."""
-    total = parameter.shape[0]
-    if not isinstance(parameter, DTensor):
-        return 0, total
-    each = -(-total // world.size)
-    return min(world.rank * each, total), min((world.rank + 1) * each, total)
-
-
-def _moment(reader: _Reader, key: str, parameter: Tensor, world: World) -> Tensor:
-    rows = reader.rows(key, parameter, world).to(parameter.device)
-    if not isinstance(parameter, DTensor):
-        return rows
-    return DTensor.from_local(
-        rows, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-    )
+        world.run_on_all_ranks(lambda: os.stat(run_dir), f"{run_dir} is not on storage that all nodes share")
+        yield
+    finally:
+        if world.is_main:
+            os.close(lock)
+            with suppress(OSError):  # it is not empty: the run has begun
+                run_dir.rmdir()

@@ -16,10 +16,19 @@ from tooln1.distributed import World, copy_weights, reshard
 from tooln1.io.errors import Stopped, UserError
 from tooln1.io.files import atomic_write
 from tooln1.model import save_model
-from tooln1.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, set_aside
+from tooln1.run.checkpoint import (
+    CHECKPOINTS,
+    Checkpoint,
+    claimed,
+    find_checkpoint,
+    is_in,
+    load_checkpoint,
+    remove_old,
+    save_checkpoint,
+    set_aside,
+)
 from tooln1.run.faults import explain_oom
 from tooln1.run.metrics import Metrics, RunLog
-from tooln1.run.run_dir import CHECKPOINTS, claimed, find_checkpoint, is_in
 from tooln1.run.setup import Run, build, prepare
 from tooln1.settings import Config
 
@@ -116,21 +125,12 @@ def evaluate_if_due(run: Run) -> None:
 
 def save(run: Run, may_fail: bool = False) -> None:
     """Write a checkpoint of the steps done. One that `may_fail` is tried again after the next step, a few times."""
-    config, world = run.config, run.world
+    config, world, folder = run.config, run.world, Path(run.config.run_dir) / CHECKPOINTS
     run.turn_to(f"step {run.done}, save")
     notes = run.notes | {"bad_steps": run.bad_steps, "cache_tokens": world.gather([run.sampler.affordable])}
     try:
         world.run_on_all_ranks(run.log.flush, "the logs could not be written")
-        save_checkpoint(
-            Path(config.run_dir) / CHECKPOINTS,
-            run.done,
-            run.policy,
-            run.optimizer,
-            world,
-            notes,
-            0 if run.bad_steps else config.keep_checkpoints,
-            config.keep_every,  # the older may be needed again
-        )
+        save_checkpoint(folder, run.done, run.policy, run.optimizer, world, notes)
     except UserError as error:
         run.failed_saves += 1
         if not may_fail or run.failed_saves >= config.max_failed_saves:
@@ -140,12 +140,14 @@ def save(run: Run, may_fail: bool = False) -> None:
             print(f"warning: {error} {again}", file=sys.stderr)
     else:
         run.failed_saves, run.saved = 0, run.done
+        if world.is_main and not run.bad_steps:  # while steps are skipped, an older one may be needed again
+            remove_old(folder, config.keep_checkpoints, config.keep_every)
 
 
 def resume(run: Run, checkpoint: Checkpoint) -> None:
     """Fill the run from a checkpoint; later ones in its directory are set aside, because they are written anew."""
     folder, notes = Path(run.config.run_dir) / CHECKPOINTS, checkpoint.notes
-    load_checkpoint(checkpoint.path, run.policy, run.optimizer, run.world)
+    load_checkpoint(checkpoint.path, run.policy, run.optimizer)
     copy_weights(run.policy, run.sampler.model)
     run.done, run.bad_steps = checkpoint.step, 0 if run.config.allow_changes else notes.get("bad_steps", 0)
     run.saved = run.done if is_in(checkpoint.path, Path(run.config.run_dir)) else 0

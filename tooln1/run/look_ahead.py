@@ -12,7 +12,7 @@ from tooln1.data import Example
 from tooln1.distributed import World
 from tooln1.io.errors import UserError
 from tooln1.io.model_config import ModelConfig
-from tooln1.run.checkpoint import complete_checkpoints, step_of
+from tooln1.run.checkpoint import CHECKPOINTS, complete_checkpoints
 from tooln1.run.memory import device_bytes, estimate, host_bytes, table
 from tooln1.run.preflight import (
     Finding,
@@ -27,7 +27,6 @@ from tooln1.run.preflight import (
     template,
     train_eval_overlap,
 )
-from tooln1.run.run_dir import CHECKPOINTS
 from tooln1.run.tensorboard import tensorboard_writer
 from tooln1.sft import target_text
 from tooln1.tokenizer import Tokenizer
@@ -110,7 +109,7 @@ def _seen(
             "offload_optimizer",
         ),
     )
-    present = [step_of(path) for path in complete_checkpoints(Path(settings["run_dir"]) / CHECKPOINTS)]
+    present = list(complete_checkpoints(Path(settings["run_dir"]) / CHECKPOINTS))
     steps = settings["steps"] or settings["epochs"] * (len(examples) // settings["prompts_per_step"])
     found = [
         *schedule(

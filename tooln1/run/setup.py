@@ -19,7 +19,6 @@ from tooln1.prompt import drop_long
 from tooln1.run.checkpoint import Checkpoint
 from tooln1.run.look_ahead import look_ahead
 from tooln1.run.metrics import RunLog
-from tooln1.run.run_dir import refuse_other_contents
 from tooln1.run.signals import StopRequest
 from tooln1.sampler.sampler import Sampler
 from tooln1.settings import Config, resolved
@@ -67,8 +66,12 @@ def prepare(
     files = [model_files(path) for path in (config.model, frozen) if path]
     notes = {"config": asdict(config), "train_data": fingerprint(examples), "model": [*map(weights.fingerprint, files)]}
     if checkpoint:
-        places = {"train_data": config.train_data, "model": config.model}
-        refuse_other_contents(checkpoint, notes, places, allowed_changes(config))
+        for name, place in (("train_data", config.train_data), ("model", config.model)):
+            if checkpoint.notes.get(name) != notes[name] and name not in allowed_changes(config):
+                raise UserError(
+                    f"{place} does not hold what {checkpoint.path} was made with: other examples (or others are too "
+                    f"long), other weights or another tokenizer; give those, or allow it with --allow-changes {name}."
+                )
     held_out = [case.example for bench in benches if bench.name == "heldout" for case in bench.chosen]
     shape, reference = read_config(config.model), read_config(frozen) if frozen else None
     settings = resolved(config, shape.num_parameters)
