@@ -194,7 +194,7 @@ MODEL = [
     ("no tokenizer in it", "", "model/tokenizer.json: not a tokenizer", {"model/tokenizer.json": '{"model": 1}'}),
     ("few ids", "", "the tokenizer has 259 ids, the model 200: they do not belong together", config(vocab_size=200)),
     ("no template", "", "no chat template. Give one as", {"model/tokenizer_config.json": "{}"}),
-    ("broken template", "", "the chat template 'default' is not valid", template("{% if %}")),
+    ("broken template", "", "the chat template must be a text", template("{% if %}")),
     ("template that raises", "", "does not accept these messages: no tool", template("{{raise_exception('no tool')}}")),
     ("template without words", "", "leaves out or changes what system and user say; use another", template("x")),
     (

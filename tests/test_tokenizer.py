@@ -17,7 +17,6 @@ from fuzz_replies import slowness
 from hostile_templates import COSTLY, ESCAPES
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from tooln1.chat_template import ALLOWANCE, Sandbox
 from tooln1.io.errors import UserError
 from tooln1.io.hub import local_directory
 from tooln1.tokenizer import Tokenizer, load_tokenizer
