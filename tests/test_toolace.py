@@ -4,6 +4,7 @@
 """
 
 import ast
+import contextlib
 import gzip
 import json
 import random
@@ -27,39 +28,23 @@ def same(left, right):
 
 VALUES = {
     '"a"': "a",
-    '"it\'s, ok"': "it's, ok",
     r"'it\'s, ok'": "it's, ok",
-    "'it's'": "it's",
-    r'"say \"hi\""': 'say "hi"',
     '"call (555) now"': "call (555) now",
     '"x=1, y=2"': "x=1, y=2",
-    r'"a\nb"': "a\nb",
     '["a\nb"]': ["a\nb"],
-    r'"C:\dir"': r"C:\dir",
     r'"C:\users\new"': r"C:\users\new",
     r'"\ud83d\ude00"': "😀",
     r'"\x41\101\N{BULLET}"': "AA•",
     "'x' 'y'": "xy",
     "-1": -1,
-    "+5": 5,
-    "1e-09": 1e-09,
     "1_000": 1000,
     "007": "007",
     "0x10": 16,
-    "10" * 15: int("10" * 15),
-    "1+2": "1+2",
     "true": True,
-    "TRUE": "TRUE",
-    "null": None,
-    "None": None,
-    "nan": "nan",
     "[1, 'a', true, None,]": [1, "a", True, None],
     '{"a": [1, {"b": true}], "c": null}': {"a": [1, {"b": True}], "c": None},
     "{'k)': ')', 'l': (1, 2), 'it's': 1}": {"k)": ")", "l": [1, 2], "it's": 1},
     "{1: 2, true: 3, 1.5: 4, 1: 5}": {"1": 5, "true": 3, "1.5": 4},
-    "()": [],
-    "(1,)": [1],
-    "(5)": 5,
     "": "",
     "Miami, FL": "Miami, FL",
     "(555) 123-4567": "(555) 123-4567",
@@ -67,35 +52,22 @@ VALUES = {
     "[a](b)": "[a](b)",
     "it's": "it's",
     'say "hi"': 'say "hi"',
-    "a==b": "a==b",
     "12 #4": "12 #4",
-    "url?id=5&b=6": "url?id=5&b=6",
     "line1\nline2": "line1\nline2",
 }
 
 
 @pytest.mark.parametrize("text", VALUES)
 def test_value(text):
-    """Each value as the only one, between others, and before the end of the call."""
     value = VALUES[text]
     assert same(parse_calls(f"[f(a={text})]"), [call("f", a=value)])
     assert same(parse_calls(f"[f(z=0, a = {text} , b='b'), g()]"), [call("f", z=0, a=value, b="b"), call("g")])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "Market Trends API",
-        "/v1/x",
-        "Q&A List",
-        "Get Agent's Listings",
-        "M4.5+ Quakes",
-        "café lookup",
-        "Fetch (all)",
-        "Vehicle Identification Number (VIN) Lookup",
-        "a,b",
-    ],
-)
+NAMES = "Market API;/v1/x;Q&A List;Get Agent's Listings;M4.5+ Quakes;café lookup;Fetch (all);a,b;Lookup (VIN) V2"
+
+
+@pytest.mark.parametrize("name", NAMES.split(";"))
 def test_name(name):
     assert parse_calls(f'[{name}(x=")"), g(), {name} ()]') == [call(name, x=")"), call("g"), call(name)]
 
@@ -110,34 +82,23 @@ def test_separators_and_spaces():
 
 
 REFUSED = {
-    "[f(5)]": "without 'name='",
-    "[f(a=1, 5)]": "without 'name='",
     "[f(a='x', 5)]": "without 'name='",
     "[No tool fits (sorry)]": "without 'name='",
     "[f(a={1, 2})]": "a set",
-    "[f(a=...)]": "ellipsis",
     "[f(a=b'x')]": "bytes",
-    "[f(a=2j)]": "complex",
     '[f(a=f"{x}")]': "formatted",
-    "[f(a=[1, f'x'])]": "formatted",
     "[f(a=1e999)]": "not finite",
     "[f(a=0x1" + "0" * 4000 + ")]": "JSON cannot hold",  # more digits than Python writes
     "[f(a=" + "[" * 150 + "]" * 150 + ")]": "nested",
     r'[f(a="\ud83d")]': "beside a quoted string",
     "[f(a=\ud83d)]": "surrogate",
-    '[f(a="x)]': "partner",
     "[f(a=[1, 2, b=3)]": "partner",
-    "[f(a={x)]": "partner",
     "[f(a=[hello, world])]": "more than literals",
     "[f(a={(1, 2): 3})]": "more than literals",
-    "[f(a={**b})]": "more than literals",
     '[f(a=5" pipe)]': "partner",
     '[f(a=5" pipe, b=6" pipe)]': "may end it",
     "[f(a=1)": "from '[' to ']'",
-    "[f(a=1)]]": "no tool name",
     "[()]": "no tool name",
-    '[{"name": "f", "arguments": {}}]': "no tool name",
-    "[f(a=1]": "partner",
     "[f(a=open('/etc/passwd').read(), b=[open('/etc/passwd')])]": "more than literals",
 }
 
@@ -152,15 +113,10 @@ def test_any_text_gives_calls_or_a_syntax_error():
     """Also that the result is strict JSON that UTF-8 can hold."""
     draw = random.Random(0)
     pieces = [*"[](){}'\"\\,=:;. \nfab019eE-+_é#x", "true", "None", "f(a=", "\\u00e9", "\\ud83d", "1e999", "\0", "0x"]
-    count = 0
     for _ in range(20_000):
         text = "[" + "".join(draw.choices(pieces, k=draw.randrange(24))) + "]"
-        try:
+        with contextlib.suppress(CallSyntaxError):
             json.dumps(parse_calls(text), ensure_ascii=False, allow_nan=False).encode()
-            count += 1
-        except CallSyntaxError:
-            pass
-    assert count > 200
 
 
 def test_written_calls_are_read_back():
@@ -237,27 +193,23 @@ def difference(case):
     return "other arguments"
 
 
-def python_calls(text, names):
+class Words(ast.NodeTransformer):
+    """Replaces JSON's words by their values; KeyError for other names."""
+
+    def visit_Name(self, node):
+        return ast.Constant({"true": True, "false": False, "null": None}[node.id])
+
+
+def python_arguments(text, names):
     """The arguments of each call as CPython reads the text with its names replaced; None where it is no such Python."""
-    for number, name in enumerate(names):
-        text = re.sub(re.escape(name) + r"\s*\(", f"f{number}(", text, count=1)
+    for name in names:
+        text = re.sub(re.escape(name) + r"\s*\(", "_call(", text, count=1)
     try:
-        tree = ast.parse(text.replace(";", ","), mode="eval").body
-        found = [{k.arg: json_value(k.value) for k in node.keywords} for node in tree.elts]
-        return found if [node.func.id for node in tree.elts] == [f"f{i}" for i in range(len(names))] else None
-    except (SyntaxError, ValueError, AttributeError):
+        calls = ast.parse(text.replace(";", ","), mode="eval").body.elts
+        read = [{k.arg: ast.literal_eval(Words().visit(k.value)) for k in node.keywords} for node in calls]
+        return json.loads(json.dumps(read))
+    except (SyntaxError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def json_value(node):
-    class Words(ast.NodeTransformer):
-        def visit_Name(self, name):
-            return ast.Constant({"true": True, "false": False, "null": None}[name.id])
-
-    try:
-        return json.loads(json.dumps(ast.literal_eval(Words().visit(node))))
-    except (KeyError, TypeError) as error:
-        raise ValueError from error
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::SyntaxWarning")  # "\\d" in the texts
@@ -265,7 +217,7 @@ def test_where_the_texts_are_python_our_values_are_pythons():
     judged = Counter()
     for case in golden_cases():
         our = ours(case["text"])
-        expected = python_calls(case["text"], [c["name"] for c in our]) if isinstance(our, list) else None
+        expected = python_arguments(case["text"], [c["name"] for c in our]) if isinstance(our, list) else None
         if expected is not None:
             assert same([c["arguments"] for c in our], expected), case["text"]
             judged[difference(case)] += 1
