@@ -209,7 +209,12 @@ MODEL = [
         'which token ends a reply. Give "eos_token_id"',
         {"model/generation_config.json": None, "model/tokenizer_config.json": {"eos_token": None}},
     ),
-    ("unknown stop id", "", "eos_token_id 999 is no token", {"model/generation_config.json": {"eos_token_id": 999}}),
+    (
+        "unknown stop id",
+        "",
+        "eos_token_id is '999'; it must be an id",
+        {"model/generation_config.json": {"eos_token_id": 999}},
+    ),
 ]
 DATA = [
     ("missing", "--train-data gone.jsonl", "cannot read gone.jsonl: No such file"),

@@ -168,7 +168,7 @@ def _read_stop_ids(file: Path, backend: tokenizers.Tokenizer, special_tokens: di
     ids = given if isinstance(given, list) else [given]
     known = (type(token) is int and 0 <= token < 2**32 and backend.id_to_token(token) is not None for token in ids)
     if not ids or not all(known):
-        raise UserError(f"{file}: eos_token_id is {shown(str(given))}; it must be a token id, or a list of token ids")
+        raise UserError(f"{file}: eos_token_id is {shown(str(given))}; it must be an id of the tokenizer, or several")
     return tuple(ids)
 
 
