@@ -25,7 +25,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tiny
-from hostile_templates import COSTLY, ESCAPES
 
 from tooln1.benchmarks.runner import failures, held_out_bench, match_predictions, score_bench, summarise
 from tooln1.data import read_examples, write_examples
@@ -357,9 +356,7 @@ def mutate_model(rng: random.Random, files: dict[str, bytes], folder: Path, mark
                 break
         elif how == 1:
             files[name] = mutate_bytes(rng, files[name])
-        elif how == 2:
-            files["chat_template.jinja"] = rng.choice([*COSTLY.values(), *ESCAPES.values()]).encode()
-        elif how == 3:
+        elif how in (2, 3):
             files["chat_template.jinja"] = mutate_bytes(rng, tiny.CHAT_TEMPLATE.encode())
         elif how == 4:
             bad = rng.choice(

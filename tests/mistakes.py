@@ -198,7 +198,7 @@ MODEL = [
     ("no tokenizer in it", "", "model/tokenizer.json: not a tokenizer", {"model/tokenizer.json": '{"model": 1}'}),
     ("few ids", "", "the tokenizer has 259 ids, the model 200: they do not belong together", config(vocab_size=200)),
     ("no template", "", "no chat template. Give one as", {"model/tokenizer_config.json": "{}"}),
-    ("broken template", "", "the chat template 'default' is not valid", template("{% if %}")),
+    ("broken template", "", "the chat template must be a text", template("{% if %}")),
     ("template that raises", "", "does not accept these messages: no tool", template("{{raise_exception('no tool')}}")),
     ("template without words", "", "leaves out or changes what system and user say; use another", template("x")),
     (
@@ -213,7 +213,12 @@ MODEL = [
         'which token ends a reply. Give "eos_token_id"',
         {"model/generation_config.json": None, "model/tokenizer_config.json": {"eos_token": None}},
     ),
-    ("unknown stop id", "", "eos_token_id 999 is no token", {"model/generation_config.json": {"eos_token_id": 999}}),
+    (
+        "unknown stop id",
+        "",
+        "eos_token_id is '999'; it must be an id",
+        {"model/generation_config.json": {"eos_token_id": 999}},
+    ),
 ]
 DATA = [
     ("missing", "--train-data gone.jsonl", "cannot read gone.jsonl: No such file"),

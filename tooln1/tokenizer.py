@@ -1,21 +1,25 @@
-"""Text to token ids and back, and chat messages to text by the model's own template.
+"""Text to token ids and back, and chat messages to text by the model's own chat template.
 
-`tokenizers` does the first, chat_template.py the second. Sources: the model's tokenizer.json,
-tokenizer_config.json (or chat_template.jinja) and generation_config.json.
+`tokenizers` does the first, jinja2 the second, set up as transformers sets it up (utils/chat_template_utils.py), so
+that the same messages become the same text. Files: the model's tokenizer.json, tokenizer_config.json (or
+chat_template.jinja), special_tokens_map.json and generation_config.json.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import jinja2.ext
 import tokenizers
+from jinja2 import nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tooln1.chat_template import compile_template
 from tooln1.io.errors import UserError
 from tooln1.io.hub import local_directory
 from tooln1.io.jsonl import parse_json, read_text, shown
@@ -27,8 +31,6 @@ TOKENIZER_FILES = [
     "chat_template.jinja",
     "generation_config.json",
 ]
-MAX_TOKENIZER = 2**27  # bytes of tokenizer.json; published ones have up to 40 million
-MAX_GROWTH = 64  # of a text by normalizers; published ones at most double it
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -46,7 +48,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         backend=backend,
         templates=_read_templates(directory, config),
         special_tokens=special_tokens,
-        stop_ids=_read_stop_ids(directory, backend, special_tokens),
+        stop_ids=_read_stop_ids(directory / "generation_config.json", backend, special_tokens),
         directory=directory,
     )
 
@@ -57,10 +59,10 @@ class Tokenizer:
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
-        templates: dict[str, Callable[..., str]],  # "default", perhaps "tool_use"; empty where there is none
-        special_tokens: dict[str, str],  # "eos_token" -> "<|im_end|>", ...; what templates may name
+        templates: dict[str, jinja2.Template],  # "default", perhaps "tool_use"; empty where there is none
+        special_tokens: dict[str, str],  # "eos_token" -> "<|im_end|>", ...; variables of the templates
         stop_ids: tuple[int, ...],  # empty where the files name none
-        directory: Path,  # for error texts
+        directory: Path,  # for error messages
     ):
         self._backend = backend
         self._templates = templates
@@ -70,7 +72,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id the tokenizer knows, added tokens included; a model's table may be longer."""
+        """One more than the largest id of the tokenizer, added tokens included; a model's table may be longer."""
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
@@ -87,38 +89,34 @@ class Tokenizer:
         return self._stop_ids
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of `text`; special tokens written out in it are recognised, none is added.
+        """The token ids of `text`. Special tokens written in the text are recognised; none is added.
 
-        A lone surrogate, which no UTF-8 text can hold, counts as U+FFFD. Raises UserError where tokenizer.json
-        cannot encode the text.
+        A lone surrogate, which no UTF-8 text can hold, is encoded as U+FFFD.
         """
-        with _told(f"{self._directory}: the tokenizer cannot encode a text"):
-            try:
-                return self._backend.encode(text, add_special_tokens=False).ids
-            except TypeError:  # how `tokenizers` refuses a str that is not valid Unicode
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                return self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except TypeError:  # raised by `tokenizers` for a str that is not valid Unicode
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """The text of token ids. Broken UTF-8 becomes U+FFFD; ids beyond the vocabulary become nothing."""
-        with _told(f"{self._directory}: the tokenizer cannot decode"):
-            return self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
+        return self._backend.decode([int(token) for token in ids], skip_special_tokens=skip_special_tokens)
 
     def prompt_ids(self, messages: list[dict]) -> list[int]:
-        """The token ids that ask for a reply to the messages."""
+        """The token ids of the messages, followed by the opening of the assistant's reply."""
         return self.encode(self.render(messages, add_generation_prompt=True))
 
     def render(self, messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False) -> str:
-        """Chat messages as the one text the model was trained on.
+        """Chat messages as the text that the model was trained on.
 
         messages: [{"role", "content", ...}, ...] as the model's template expects them.
-        tools:    handed to the template, for models that describe tools by themselves; Tool-N1's own prompt
+        tools:    given to the template, for models that describe tools by themselves; Tool-N1's own prompt
                   has its tools in the system message and leaves this None.
-        add_generation_prompt: end with the opening of an assistant turn, for the model to go on from.
-        Raises UserError where there is no template, with the template's own words where it refuses, and where it
-        takes more time or memory than a chat template may.
+        add_generation_prompt: end with the opening of an assistant message, for the model to continue.
+        Raises UserError where there is no template, and with the template's own message where it fails.
         """
-        # The order in which transformers chooses among named templates.
+        # transformers chooses among named templates in this order.
         wanted = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
         if wanted not in self._templates:
             raise UserError(
@@ -127,19 +125,15 @@ class Tokenizer:
             )
         context = {"messages": messages, "tools": tools, "documents": None} | self._special_tokens
         try:
-            return self._templates[wanted](**context, add_generation_prompt=add_generation_prompt)
-        except Exception as error:  # a template is a program of the model's maker: it may fail in any way
-            raise UserError(
-                f"{self._directory}: the chat template does not accept these messages: {_words(error)}"
-            ) from error
-
-
-# ---- files ----
+            return self._templates[wanted].render(context, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # a template is a program by the model's maker: it may fail in any way
+            reason = str(error) or type(error).__name__
+            raise UserError(f"{self._directory}: the chat template does not accept these messages: {reason}") from error
 
 
 def _read_json_object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; {} where the file does not exist."""
-    if not os.path.lexists(file):
+    if not file.exists():
         return {}
     value = parse_json(read_text(file), str(file), constants=True)
     if not isinstance(value, dict):
@@ -150,95 +144,76 @@ def _read_json_object(file: Path) -> dict[str, Any]:
 def _read_backend(file: Path) -> tokenizers.Tokenizer:
     if not file.is_file():
         raise UserError(f"{file}: no such file; a tokenizer is read from tokenizer.json (the fast format)")
-    text = read_text(file, MAX_TOKENIZER)
-    raw = parse_json(text, f"{file}: not a tokenizer that can be read", constants=True)
-    parts = [raw.get("normalizer"), raw.get("pre_tokenizer")] if isinstance(raw, dict) else []
-    if (growth := _growth(parts)) > MAX_GROWTH:  # told before any text, a special token say, goes through them
-        raise UserError(f"{file}: its normalizers would make a text up to {growth:.0f} times as long, which none needs")
-    with _told(f"{file}: not a tokenizer that can be read"):
-        backend = tokenizers.Tokenizer.from_str(text)
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # `tokenizers` raises plain Exceptions
+        raise UserError(f"{file}: not a tokenizer that can be read: {error}") from error
     # Settings of whoever saved the file would cut or pad every text.
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
-def _growth(part: Any) -> float:
-    """How many times as long a text may become by normalizers, given as their JSON: in a chain they multiply."""
-    if isinstance(part, list):
-        return math.prod(map(_growth, part))
-    if not isinstance(part, dict):
-        return 1.0
-    own = {"ByteLevel": 2.0, "Precompiled": 4.0}.get(str(part.get("type")), 1.0)
-    if isinstance(content := part.get("content"), str):  # of Replace; a regular expression may match one character
-        pattern = part.get("pattern")
-        text = pattern.get("String") if isinstance(pattern, dict) else None
-        own = max(1.0, len(content) / max(1, len(text) if isinstance(text, str) else 1))
-    return min(own * _growth(list(part.values())), 1e9)
-
-
-@contextmanager
-def _told(what: str) -> Iterator[None]:
-    """What `tokenizers` raises, as a UserError that begins with `what`."""
-    try:
-        yield
-    except BaseException as error:  # its errors are plain Exceptions; a panic in Rust is not even one of those
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
-            raise
-        raise UserError(f"{what}: {_words(error)}") from error
-
-
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     """The named special tokens ("bos_token", ...) that are set, given as text or as {"content": text}."""
-    named = {}
-    for key, value in config.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(text, str):
-            named[key] = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no token
-    return named
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
+    return {key: text for key, text in texts.items() if key.endswith("_token") and isinstance(text, str)}
 
 
-def _read_stop_ids(directory: Path, backend: tokenizers.Tokenizer, special_tokens: dict[str, str]) -> tuple[int, ...]:
-    file = directory / "generation_config.json"
+def _read_stop_ids(file: Path, backend: tokenizers.Tokenizer, special_tokens: dict[str, str]) -> tuple[int, ...]:
     given = _read_json_object(file).get("eos_token_id")
-    if given is not None:
-        ids = given if isinstance(given, list) else [given]
-        if not ids or not all(type(token) is int and 0 <= token < 2**32 for token in ids):
-            raise UserError(f"{file}: eos_token_id is {shown(str(given))}; it must be a token id or a list of them")
-        if unknown := [token for token in ids if backend.id_to_token(token) is None]:
-            raise UserError(f"{file}: eos_token_id {unknown[0]} is no token of the tokenizer beside it")
-        return tuple(ids)
-    eos = backend.token_to_id(special_tokens.get("eos_token", ""))
-    return () if eos is None else (eos,)
+    if given is None:
+        eos = backend.token_to_id(special_tokens.get("eos_token", ""))
+        return () if eos is None else (eos,)
+    ids = given if isinstance(given, list) else [given]
+    known = (type(token) is int and 0 <= token < 2**32 and backend.id_to_token(token) is not None for token in ids)
+    if not ids or not all(known):
+        raise UserError(f"{file}: eos_token_id is {shown(str(given))}; it must be an id of the tokenizer, or several")
+    return tuple(ids)
 
 
-# ---- templates ----
+def _read_templates(directory: Path, config: dict[str, Any]) -> dict[str, jinja2.Template]:
+    """The chat templates by name; a single one is "default"."""
+    file, given = directory / "tokenizer_config.json", config.get("chat_template") or []
+    if (separate := directory / "chat_template.jinja").exists():
+        file, given = separate, read_text(separate)
+    listed = [{"name": "default", "template": given}] if isinstance(given, str) else given
+    try:
+        return {entry["name"]: compile_template(entry["template"]) for entry in listed}
+    except Exception as error:  # neither text nor a list, a syntax error, nesting beyond Python's limits
+        raise UserError(
+            f"{file}: the chat template must be a text that jinja2 can compile, or a list of "
+            f'{{"name", "template"}} objects: {str(error) or type(error).__name__}'
+        ) from error
 
 
-def _read_templates(directory: Path, config: dict[str, Any]) -> dict[str, Callable[..., str]]:
-    """The chat templates by name; a single one is "default". Nothing in them can reach Python or a file."""
-    file = directory / "chat_template.jinja"
-    if os.path.lexists(file):
-        sources = {"default": read_text(file)}
-    else:
-        file = directory / "tokenizer_config.json"
-        given = config.get("chat_template") or []
-        try:
-            listed = [{"name": "default", "template": given}] if isinstance(given, str) else given
-            sources = {entry["name"]: entry["template"] for entry in listed}
-        except (TypeError, KeyError) as error:
-            raise UserError(
-                f'{file}: chat_template must be a text, or a list of {{"name", "template"}} objects'
-            ) from error
-    templates = {}
-    for name, source in sources.items():
-        try:
-            templates[name] = compile_template(source)
-        except Exception as error:  # not text, a syntax error, nesting beyond Python's limits
-            raise UserError(f"{file}: the chat template {shown(str(name))} is not valid: {_words(error)}") from error
-    return templates
+class GenerationTag(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %} marks an assistant's text for training; here it is just rendered."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-def _words(error: BaseException) -> str:
-    """An error's text, shortened, or its name where it has none."""
-    return str(error)[:500] or type(error).__name__
+def compile_template(source: str) -> jinja2.Template:
+    """A chat template in jinja2's sandbox, with transformers' settings. It reaches neither Python nor files.
+
+    Raises what jinja2 raises for a `source` that is not a template.
+    """
+    extensions = [GenerationTag, jinja2.ext.loopcontrols]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    return environment.from_string(source)
+
+
+def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    # jinja2's own `tojson` would escape <, > and & for HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)

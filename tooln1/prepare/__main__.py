@@ -18,12 +18,12 @@ from tooln1.io.files import atomic_write, check_writable
 from tooln1.prepare.convert import SOURCES, XLAM, add_irrelevance, convert_toolace, convert_xlam
 from tooln1.prepare.split import split
 from tooln1.prompt import drop_long
+from tooln1.tokenizer import load_tokenizer
 
 TABLE_NOTE = (
     "Raw: rows; a ToolACE row is multi with more than one assistant turn.\n"
     "Processed: instances, one per call step; multi from the third turn on, as the released code has it."
 )
-
 
 DEVIATIONS = (
     "The split is by source row and seeded, rows of equal tools and question on one side; the "
@@ -49,8 +49,6 @@ def prepare(args: argparse.Namespace) -> dict:
     examples = [example for conversion in conversions for example in conversion.examples]
     too_long = None
     if args.tokenizer:
-        from tooln1.tokenizer import load_tokenizer
-
         examples, too_long = drop_long(examples, load_tokenizer(args.tokenizer), args.max_prompt_tokens)
     if not examples:
         dropped = [f"{reason}: {count}; " for c in conversions for reason, count in c.dropped.items()]

@@ -20,7 +20,6 @@ from tooln1.prompt import XLAM_SYSTEM
 
 XLAM, SINGLE_TURN, MULTIPLE_TURN = SOURCES = ("xlam", "toolace_single_turn", "toolace_multiple_turn")
 
-
 # sharegpt role names beside the public ones; function_call is an assistant turn that is always a call
 ROLES = {
     "user": "user",
@@ -32,25 +31,17 @@ ROLES = {
     "function_call": "assistant",
 }
 
-
+# Reasons for which a row or turn is dropped, as the report counts them.
 NO_CALL = "no call"
-
-
 OUTSIDE = "calls a tool outside the list"
-
-
 UNPARSABLE = "call does not parse"
-
-
 NO_TOOLS = "tool list unreadable"
-
-
 NO_QUESTION = "no user or tool turn right before it"
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a raw file gave: examples + dropped = rows (xLAM) or assistant turns (ToolACE)."""
+    """The result of converting a raw file: examples + dropped = rows (xLAM) or assistant turns (ToolACE)."""
 
     examples: list[Example]
     rows: dict[str, int]  # raw rows by source; multiple-turn: with more than one assistant turn
@@ -82,7 +73,7 @@ def convert_xlam(path: str | os.PathLike, keep_no_call: bool = False) -> Convers
         answer = _json_list(row, "answers", where)
         messages = [{"role": "user", "content": query}]
         example = Example(f"xlam-{number}", XLAM, XLAM_SYSTEM, tools, messages, answer)
-        if reason := _fault(example, keep_no_call):
+        if reason := _drop_reason(example, keep_no_call):
             dropped[reason] += 1
         else:
             calls = [{"name": call["name"], "arguments": call["arguments"]} for call in answer]
@@ -91,17 +82,16 @@ def convert_xlam(path: str | os.PathLike, keep_no_call: bool = False) -> Convers
 
 
 def convert_toolace(path: str | os.PathLike, keep_no_call: bool = False) -> Conversion:
-    """Rows {system, conversations: [{from, value}]}: one example per call step, all before it as context.
+    """Rows {system, conversations: [{from, value}]}: one example per call turn, the turns before it as context.
 
-    keep_no_call: assistant turns in plain words (and "[]") become examples with the answer []. Raises
-    UserError naming file, row and reason for a row that is not of this shape; whatever else keeps a turn from
-    being an example is counted (paper, "Data": calls outside the candidate list, or that do not parse).
+    keep_no_call: assistant turns of plain text (and "[]") become examples with the answer []. Raises UserError
+    naming file, row and reason for a row that is not of this shape; turns dropped for any other reason are
+    counted (paper, "Data": calls outside the candidate list, or that do not parse).
     """
     examples, dropped, kinds = [], Counter(), Counter({SINGLE_TURN: 0, MULTIPLE_TURN: 0})
     for number, (where, row) in enumerate(tqdm(read_rows(path), desc="ToolACE", unit="row", disable=None)):
-        turns = [
-            _turn(turn, f"{where}, turn {index}") for index, turn in enumerate(field(row, "conversations", list, where))
-        ]
+        conversations = field(row, "conversations", list, where)
+        turns = [_turn(turn, f"{where}, turn {index}") for index, turn in enumerate(conversations)]
         kinds[MULTIPLE_TURN if sum(role == "assistant" for role, *_ in turns) > 1 else SINGLE_TURN] += 1
         found, reasons = _dialogue(number, field(row, "system", str, where), turns, keep_no_call)
         examples += found
@@ -110,7 +100,7 @@ def convert_toolace(path: str | os.PathLike, keep_no_call: bool = False) -> Conv
 
 
 def _json_list(row: dict, key: str, where: str) -> list:
-    """A list, given as such or as a JSON string. NaN in it is left to `_fault`, which counts it."""
+    """A list, given as such or as a JSON string. NaN in it is left to `_drop_reason`, which counts it."""
     value = row.get(key)
     if isinstance(value, str):
         value = parse_json(value, f'{where}, "{key}"', constants=True)
@@ -131,19 +121,20 @@ def _turn(turn: Any, where: str) -> tuple[str, str, bool]:
 def _dialogue(row: int, system: str, turns: list[tuple], keep_no_call: bool) -> tuple[list[Example], Counter]:
     """The examples of one ToolACE row, and its other assistant turns counted by reason."""
     prefix, tools = split_system(system)
-    names = {tool["name"] for tool in tools or ()}
     examples, dropped, context = [], Counter(), []
     for index, (role, text, must_call) in enumerate(turns):
         calls, reason = [], ""
         if role == "assistant":
             try:
-                if must_call or is_call_turn(text):
-                    calls = (parse_function_call if must_call else parse_calls)(text, names)
+                if must_call:
+                    calls = parse_function_call(text)
+                elif is_call_turn(text):
+                    calls = parse_calls(text)
             except CallSyntaxError as error:
-                reason = f"{UNPARSABLE}: {error.reason}"
+                reason = f"{UNPARSABLE}: {error}"
             source = MULTIPLE_TURN if len(context) >= 2 else SINGLE_TURN  # as the released code labels a step
             example = Example(f"toolace-{row}-{index}", source, prefix, tools or [], list(context), calls)
-            reason = (NO_TOOLS if tools is None else reason) or _fault(example, keep_no_call)
+            reason = (NO_TOOLS if tools is None else reason) or _drop_reason(example, keep_no_call)
             if reason:
                 dropped[reason] += 1
             else:
@@ -152,7 +143,7 @@ def _dialogue(row: int, system: str, turns: list[tuple], keep_no_call: bool) -> 
     return examples, dropped
 
 
-def _fault(example: Example, keep_no_call: bool) -> str:
+def _drop_reason(example: Example, keep_no_call: bool) -> str:
     """The reason to drop a freshly converted example, or ""."""
     if not all(isinstance(tool, dict) and isinstance(tool.get("name"), str) for tool in example.tools):
         return NO_TOOLS

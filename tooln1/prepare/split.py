@@ -1,4 +1,4 @@
-"""Which examples are held out, and in which order the others are seen: seeded, the same on every machine."""
+"""The split into training and held-out examples: by source row, seeded, the same on every machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 from tooln1.data import Example
 from tooln1.io.errors import UserError
 
-IRRELEVANT = "-irrelevant"  # suffix of the ids that data.add_irrelevance makes
+IRRELEVANT = "-irrelevant"  # suffix of the ids that convert.add_irrelevance makes
 
 
 def split(examples: list[Example], seed: int, held_out: float = 0.1) -> tuple[list[Example], list[Example]]:
@@ -61,6 +61,6 @@ def _groups(examples: list[Example]) -> list[str]:
 
 
 def content_digest(example: Example) -> str:
-    """A hash of the tools, in any order, and the first message: what `split` never lets fall on both sides."""
+    """A hash of the tools, in any order, and the first message; `split` keeps equal ones on one side."""
     tools = sorted(json.dumps(tool, sort_keys=True) for tool in example.tools)
     return hashlib.sha256(json.dumps([tools, example.messages[0]["content"]]).encode()).hexdigest()

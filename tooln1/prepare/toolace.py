@@ -1,77 +1,41 @@
-"""The ToolACE call-string parser: `[Name(key=value, ...), ...]` to calls.
+"""The parser of ToolACE call strings: `[Name(key=value, ...), ...]` to calls, and the tool list of a system text.
 
-    turn      := "[" separator* (call separator*)* "]"             separator: "," or ";" or white space
-    call      := name "(" [argument ("," argument)* [","]] ")"
-    name      := a known tool name | text up to the "(" of the arguments, which may hold "(words)" of its own
+    turn      := "[" (call separator*)* "]"                        separator: "," or ";" or white space
+    call      := name "(" [argument ("," argument)* [","]] ")"     a name may hold "(words)" of its own
     argument  := key "=" value
-    value     := string | list | dict | tuple | number | true | false | null | True | False | None | bare text
 
-The syntax is Python-like, written by a language model: values follow Python's literals (escapes included),
-JSON's true/false/null mean what they mean in JSON, tuples become lists, and unquoted text is a string. What
-has no single reading (an argument without a name, a set, a string that goes on after its closing quote) is an
-error: a row without a label is better than a row with a wrong one. docs/toolace_parser.md lists how this
-differs from the parser released with the paper (verl/verl/utils/tool_utils.py), which searches with regular
-expressions.
-
-One pass over the text, no backtracking beyond re-reading one value as bare text: linear time. Nothing is
-evaluated. Also here: the tool list inside a ToolACE system text.
+A scan that knows strings and brackets cuts out names, keys and the texts of values. A value is read from the syntax
+tree that Python's parser makes of it, never evaluated: Python's literals, and JSON's true, false and null. Unquoted
+text is a string. What has no single reading (an argument without a key, text beside a quoted string) is an error: a
+dropped row is better than a wrong label. docs/toolace_parser.md lists the differences from the paper's parser.
 """
 
 from __future__ import annotations
 
+import ast
 import json
-import math
 import re
-import unicodedata
-from collections.abc import Iterable
+import warnings
 
-MAX_DEPTH = 64  # nested lists and dicts in one value; real rows stay below 10
+from tooln1.data import is_storable
+
 TOOLS_MARKER = "that you can invoke:\n"
 
-_SPACE = re.compile(r"\s*")
 _SEPARATORS = re.compile(r"[\s,;]*")
-_OPENING = re.compile(r"\s*\(")
-_NAME_TEXT = re.compile(r"[^()\"=\[\]{}]*")
-# "(VIN)" in "Vehicle Identification Number (VIN) Lookup(...)": plain words, and the call goes on behind them
-_NAME_GROUP = re.compile(r"\([^()\"'=\[\]{}]+\)(?=\s*[^\s,;\])])")
-_KEY = re.compile(r"\s*([^\s=,()'\"{}][^=,()'\"{}]*)=")
-_STRING = {
-    '"': re.compile(r'"((?:[^"\\]|\\.)*+)"', re.DOTALL),
-    # an apostrophe between two letters ('it's') cannot end a string: a delimiter would have to follow
-    "'": re.compile(r"'((?:[^'\\]|\\.|(?<=\w)'(?=\w))*+)'", re.DOTALL),
-}
-_WORD = re.compile(r"[^\s,:()\[\]{}'\"]+")  # a number or keyword inside a list or dict
-_BARE_MARK = re.compile(r"[,()\[\]{}]")
-_LONE_APOSTROPHE = re.compile(r"(?<!\w)'|'(?!\w)")
-_PREFIXED_STRING = re.compile(r"[bBrRuUfF]{1,2}['\"]")
-_DIGITS = r"[0-9](?:_?[0-9])*"
-_INTEGER = re.compile(r"[+-]?(?:0(?:_?0)*|[1-9](?:_?[0-9])*)")
-_EXPONENT = rf"[eE][+-]?{_DIGITS}"
-_POINT = rf"(?:{_DIGITS}\.(?:{_DIGITS})?|\.{_DIGITS})"
-_FLOAT = re.compile(rf"[+-]?(?:{_POINT}(?:{_EXPONENT})?|{_DIGITS}{_EXPONENT})")
-_KEYWORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
+# Text up to the "(" of the arguments. "(VIN)" in "Vehicle Number (VIN) Lookup(...)": plain words, and the call goes on.
+_NAME = re.compile(r"([^()\"=\[\]{}]*+(?:\([^()\"'=\[\]{}]+\)(?=\s*[^\s,;\])])[^()\"=\[\]{}]*+)*+)\(\s*")
+_KEY = re.compile(r"([^\s=,()'\"{}][^=,()'\"{}]*+)=\s*")
+_NEXT_ARGUMENT = re.compile(rf"\s*(?:{_KEY.pattern}|[,)])")
+# An apostrophe after a letter (it's) opens no string, and one between two letters ('it's') does not end one.
+_APOSTROPHE = r"(?<=\w)'(?=\w)"
+_STRING = re.compile(rf""""(?:[^"\\]|\\.)*+"|(?<!\w)'(?:[^'\\]|\\.|{_APOSTROPHE})*+'""", re.DOTALL)
+_MARK = re.compile(rf"""{_STRING.pattern}|[()\[\]{{}},"]|(?<!\w)'""", re.DOTALL)
 _CLOSER = {"(": ")", "[": "]", "{": "}"}
-_ESCAPE = re.compile(
-    r"\\(?:(?P<octal>[0-7]{1,3})|x(?P<x>[0-9a-fA-F]{2})|u(?P<u>[0-9a-fA-F]{4})|U(?P<U>[0-9a-fA-F]{8})"
-    r"|N\{(?P<name>[^{}]+)\}|(?P<one>.))",
-    re.DOTALL,
-)
-_ONE_LETTER = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "\n": ""} | {
-    sign: sign for sign in "\\'\""
-}
+_WORDS = {"true": True, "false": False, "null": None}
 
 
-class CallSyntaxError(ValueError):
-    """A call string that cannot be read, with the reason and the position (in characters)."""
-
-    def __init__(self, reason: str, position: int):
-        super().__init__(f"{reason} (at character {position})")
-        self.reason = reason
-        self.position = position
-
-
-class _NotALiteral(Exception):
-    """What starts like a list, dict or tuple is none; it may still be bare text."""
+class CallSyntaxError(Exception):
+    """A call string that cannot be read; its text is the reason."""
 
 
 def is_call_turn(text: str) -> bool:
@@ -79,35 +43,37 @@ def is_call_turn(text: str) -> bool:
     return text.startswith("[") and text.endswith("]")
 
 
-def parse_calls(text: str, tool_names: Iterable[str] = ()) -> list[dict]:
-    """Calls of a ToolACE call string, in order, as [{"name": str, "arguments": dict}]; "[]" gives [].
+def parse_calls(text: str) -> list[dict]:
+    """The calls of a ToolACE call string, in order, as [{"name": str, "arguments": dict}]; "[]" gives [].
 
-    `tool_names`, the candidate tools, settle where a name ends when it holds parentheses, brackets or quotes;
-    a name outside them is read all the same. A key given twice keeps its last value. All values are JSON
-    values: no NaN, no infinity, no half surrogate pairs.
-    Raises CallSyntaxError with the reason; takes time linear in the text for any text.
+    Of a key given twice the last value counts. Raises CallSyntaxError with the reason.
     """
-    return _Parser(text, sorted({name for name in tool_names if name}, key=len, reverse=True)).turn()
+    if not is_call_turn(text):
+        raise CallSyntaxError("the turn does not go from '[' to ']'")
+    calls, position = [], _SEPARATORS.match(text, 1).end()
+    with warnings.catch_warnings(action="ignore"):  # Python warns of "\d" in a string
+        while position < len(text) - 1:
+            call, position = _read_call(text, position)
+            calls.append(call)
+            position = _SEPARATORS.match(text, position).end()
+    if not is_storable(calls):
+        raise CallSyntaxError("a value that JSON cannot hold: not finite, a lone surrogate, nested very deeply")
+    return calls
 
 
-def parse_function_call(text: str, tool_names: Iterable[str] = ()) -> list[dict]:
-    """Calls of a turn whose role says that it is a call: a call string, or JSON as sharegpt files have it.
+def parse_function_call(text: str) -> list[dict]:
+    """The calls of a turn whose role says that it is a call: a call string, or JSON as sharegpt files have it.
 
-    JSON: one {"name", "arguments"} or a list of them; arguments may be an object or a JSON string of one.
-    Raises CallSyntaxError.
+    JSON: one {"name", "arguments"} or a list of them. Raises CallSyntaxError.
     """
     try:
         calls = json.loads(text)
         calls = [calls] if isinstance(calls, dict) else calls
-        return [{"name": call["name"], "arguments": _json_arguments(call["arguments"])} for call in calls]
+        return [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
     except json.JSONDecodeError:
-        return parse_calls(text.strip(), tool_names)
+        return parse_calls(text.strip())
     except (TypeError, KeyError, ValueError, RecursionError):
-        raise CallSyntaxError("JSON that is no list of {name, arguments}", 0) from None
-
-
-def _json_arguments(arguments: dict | str) -> dict:
-    return json.loads(arguments) if isinstance(arguments, str) else arguments
+        raise CallSyntaxError("JSON that is no list of {name, arguments}") from None
 
 
 def split_system(system: str) -> tuple[str, list[dict] | None]:
@@ -115,290 +81,90 @@ def split_system(system: str) -> tuple[str, list[dict] | None]:
 
     The tools are None where there is no such marker or no readable JSON list of tools with names behind it.
     """
-    start = system.find(TOOLS_MARKER)
-    if start < 0:
-        return system, None
-    start += len(TOOLS_MARKER)
+    head, marker, rest = system.partition(TOOLS_MARKER)
     try:
-        tools, _ = json.JSONDecoder().raw_decode(system, _SPACE.match(system, start).end())
+        tools, _ = json.JSONDecoder().raw_decode(rest.lstrip())
     except (ValueError, RecursionError):
-        return system[:start], None
-    if not isinstance(tools, list):
-        return system[:start], None
-    named = [tool for tool in tools if isinstance(tool, dict) and isinstance(tool.get("name"), str)]
-    return system[:start], named if len(named) == len(tools) else None
+        tools = None
+    if not isinstance(tools, list) or not all(isinstance(t, dict) and isinstance(t.get("name"), str) for t in tools):
+        tools = None
+    return head + marker, tools
 
 
-class _Parser:
-    def __init__(self, text: str, names_longest_first: list[str]):
-        self.text = text
-        self.names = names_longest_first
-        self.position = 0
-
-    # -- turn, call, name, argument
-
-    def turn(self) -> list[dict]:
-        calls = []
-        if not self._take("["):
-            raise self._error("the turn does not start with '['")
-        self._skip(_SEPARATORS)
-        while not self._take("]"):
-            calls.append(self._call())
-            self._skip(_SEPARATORS)
-        if self.position != len(self.text):
-            raise self._error("text after the closing ']'")
-        return calls
-
-    def _call(self) -> dict:
-        name = self._known_name() or self._free_name()
-        self._skip(_OPENING)
-        arguments = {}
-        self._skip(_SPACE)
-        while not self._take(")"):
-            key, value = self._argument()
-            arguments[key] = value
-            self._skip(_SPACE)
-            if not self._take(",") and self._peek() != ")":
-                raise self._error("no ',' or ')' after a value")
-            self._skip(_SPACE)
-        return {"name": name, "arguments": arguments}
-
-    def _known_name(self) -> str | None:
-        for name in self.names:
-            if self.text.startswith(name, self.position):
-                end = self.position + len(name)
-                if _OPENING.match(self.text, end):
-                    self.position = end
-                    return name
-        return None
-
-    def _free_name(self) -> str:
-        start = self.position
-        self._skip(_NAME_TEXT)
-        while group := _NAME_GROUP.match(self.text, self.position):
-            self.position = group.end()
-            self._skip(_NAME_TEXT)
-        name = self.text[start : self.position].strip()
-        if not name or self._peek() != "(":
-            raise self._error("no tool name followed by '('")
-        return name
-
-    def _argument(self) -> tuple[str, object]:
-        key = _KEY.match(self.text, self.position)
-        if not key:
-            raise self._error("an argument without 'name='")
-        self.position = key.end()
-        return key.group(1).strip(), self._value()
-
-    # -- values
-
-    def _value(self) -> object:
-        self._skip(_SPACE)
-        start = self.position
-        first = self._peek()
-        if first in ("'", '"'):
-            value = self._string()
-            self._skip(_SPACE)
-            if self._peek() not in (",", ")"):
-                raise self._error("text after a closing quote")
-            return value
-        if first in _CLOSER:
-            try:
-                value = self._container(depth=1)
-                self._skip(_SPACE)
-                if self._peek() in (",", ")"):
-                    return value
-            except _NotALiteral:
-                pass
-            self.position = start  # "[a](b)", "(555) 123-4567": bare text after all
-        return self._bare_value()
-
-    def _string(self) -> str:
-        match = _STRING[self._peek()].match(self.text, self.position)
-        if not match:
-            raise self._error("a string without its closing quote")
-        value = _unescape(match.group(1))
-        if any("\ud800" <= char <= "\udfff" for char in value):
-            try:  # JSON writes an emoji as two \u escapes
-                value = value.encode("utf-16", "surrogatepass").decode("utf-16")
-            except UnicodeDecodeError:
-                raise self._error("half a surrogate pair in a string") from None
-        self.position = match.end()
-        return value
-
-    def _container(self, depth: int) -> list | dict:
-        if depth > MAX_DEPTH:
-            raise self._error(f"lists or dicts nested deeper than {MAX_DEPTH}")
-        opening = self._peek()
-        self.position += 1
-        return self._dict(depth) if opening == "{" else self._list(depth, _CLOSER[opening])
-
-    def _list(self, depth: int, closer: str) -> object:
-        items, commas = [], 0
-        self._skip(_SPACE)
-        while not self._take(closer):
-            if len(items) > commas:
-                raise _NotALiteral
-            items.append(self._element(depth))
-            commas += self._comma()
-        only_grouped = closer == ")" and len(items) == 1 and not commas  # (5) is 5, (5,) is [5]
-        return items[0] if only_grouped else items
-
-    def _dict(self, depth: int) -> dict:
-        pairs, commas, count = {}, 0, 0
-        self._skip(_SPACE)
-        while not self._take("}"):
-            if count > commas:
-                raise _NotALiteral
-            key = self._element(depth)
-            self._skip(_SPACE)
-            if self._peek() in (",", "}"):
-                raise self._error("a set, which is no JSON value")
-            if not self._take(":") or isinstance(key, (list, dict)):
-                raise _NotALiteral
-            self._skip(_SPACE)
-            pairs[_json_key(key)] = self._element(depth)
-            count += 1
-            commas += self._comma()
-        return pairs
-
-    def _comma(self) -> bool:
-        self._skip(_SPACE)
-        found = self._take(",")
-        self._skip(_SPACE)
-        return found
-
-    def _element(self, depth: int) -> object:
-        first = self._peek()
-        if first in ("'", '"'):
-            return self._string()
-        if first in _CLOSER:
-            return self._container(depth + 1)
-        word = _WORD.match(self.text, self.position)
-        if not word:
-            raise _NotALiteral
-        value = self._plain(word.group())
-        if isinstance(value, str):
-            raise _NotALiteral
-        self.position = word.end()
-        return value
-
-    def _bare_value(self) -> object:
-        """Unquoted text up to the "," of the next `key=` or to the ")" of the call, read as a plain value.
-
-        Brackets in it must pair, save those that no comma depends on ("note={x)" is the string "{x").
-        """
-        start, first_comma = self.position, None
-        unclosed: list[int] = []  # positions of the brackets open at this point
-        parentheses = 0
-        for mark in _BARE_MARK.finditer(self.text, start):
-            sign, here = mark.group(), mark.start()
-            if sign in _CLOSER:
-                unclosed.append(here)
-                parentheses += sign == "("
-            elif sign == ")" and parentheses:
-                while self.text[unclosed.pop()] != "(":
-                    pass
-                parentheses -= 1
-            elif sign == ")" or (sign == "," and not unclosed and self._ends_value(here)):
-                self.position = here
-                if unclosed and "," in self.text[unclosed[0] : here]:
-                    raise self._error("a bracket that is not closed")
-                if first_comma and not isinstance(self._plain(self.text[start:first_comma].strip()), str):
-                    raise self._error("an argument without 'name='")  # "a=1, 5", but not "city=Miami, FL"
-                return self._unquoted(self.text[start:here].strip())
-            elif sign == "," and not unclosed:
-                first_comma = first_comma or here
-            elif unclosed and sign == _CLOSER[self.text[unclosed[-1]]]:
-                unclosed.pop()
-        raise self._error("a call without its closing ')'")
-
-    def _ends_value(self, comma: int) -> bool:
-        """Whether a comma in bare text ends the value; in "city=Miami, FL" it does not."""
-        following = _SPACE.match(self.text, comma + 1).end()
-        if self.text[following : following + 1] in (",", ")", ""):
-            return True
-        return bool(_KEY.match(self.text, following))
-
-    def _unquoted(self, text: str) -> object:
-        if text == "..." or _PREFIXED_STRING.match(text):
-            raise self._error("an ellipsis, bytes or prefixed string, which is no JSON value")
-        if text.count('"') % 2 or len(_LONE_APOSTROPHE.findall(text)) % 2:
-            raise self._error("a quote without its partner")
-        if text[:1] in ("[", "{") and _is_enclosed(text):
-            raise self._error("a list or dict of more than literals")
-        return self._plain(text)
-
-    def _plain(self, text: str) -> object:
-        """A keyword or a decimal number as Python reads it; anything else is the text itself."""
-        if text in _KEYWORDS:
-            return _KEYWORDS[text]
-        if _INTEGER.fullmatch(text):
-            try:
-                return int(text)
-            except ValueError:  # Python's limit of 4,300 digits
-                raise self._error("an integer of too many digits") from None
-        if _FLOAT.fullmatch(text):
-            number = float(text)
-            if math.isinf(number):
-                raise self._error("a number that is not finite")
-            return number
-        return text
-
-    # -- the cursor
-
-    def _skip(self, pattern: re.Pattern) -> None:
-        match = pattern.match(self.text, self.position)
-        if match:
-            self.position = match.end()
-
-    def _peek(self) -> str:
-        return self.text[self.position : self.position + 1]
-
-    def _take(self, sign: str) -> bool:
-        found = self.text.startswith(sign, self.position)
-        self.position += found
-        return found
-
-    def _error(self, reason: str) -> CallSyntaxError:
-        return CallSyntaxError(reason, self.position)
+def _read_call(text: str, position: int) -> tuple[dict, int]:
+    """The call at `position`, and where it ends."""
+    name = _NAME.match(text, position)
+    if not name or not name[1].strip():
+        raise CallSyntaxError("no tool name followed by '('")
+    arguments, position = {}, name.end()
+    while text[position] != ")":
+        if not (key := _KEY.match(text, position)):
+            raise CallSyntaxError("an argument without 'name='")
+        end = _value_end(text, key.end())
+        arguments[key[1].strip()] = _read_value(text[key.end() : end].strip())
+        position = _SEPARATORS.match(text, end).end()
+    return {"name": name[1].strip(), "arguments": arguments}, position + 1
 
 
-def _is_enclosed(text: str) -> bool:
-    """Whether the bracket that opens the text is closed by its last character."""
-    depth = 0
-    for mark in re.finditer(r"[()\[\]{}]", text):
-        depth += 1 if mark.group() in _CLOSER else -1
-        if depth == 0:
-            return mark.end() == len(text)
-    return False
+def _value_end(text: str, start: int) -> int:
+    """Where the value at `start` ends: at the "," before the next `key=`, or at the ")" of the call."""
+    closers, first_comma = [], None
+    for mark in _MARK.finditer(text, start):
+        sign, here = mark.group(), mark.start()
+        if sign in _CLOSER:
+            closers.append(_CLOSER[sign])
+        elif closers and sign == closers[-1]:
+            closers.pop()
+        elif not closers and (sign == ")" or (sign == "," and _NEXT_ARGUMENT.match(text, here + 1))):
+            first = text[start:first_comma].strip()
+            if first_comma and _read_value(first) != first:  # a literal: "a=1, 5", but not "city=Miami, FL"
+                raise CallSyntaxError("an argument without 'name='")
+            return here
+        elif sign == "," and not closers:
+            first_comma = first_comma or here
+        elif sign in ")]}'\"":
+            raise CallSyntaxError("a bracket or quote without its partner")
+    raise CallSyntaxError("a call without its closing ')'")
 
 
-def _json_key(key: object) -> str:
-    """A dict key as json.dumps writes it: JSON knows only strings."""
-    if isinstance(key, str):
-        return key
-    return json.dumps(key)
-
-
-def _unescape(text: str) -> str:
-    """Python's escapes; an unknown one (\\d) keeps its backslash. Text with a malformed one (a path such as
-    C:\\users) was not written with escapes in mind and stays as it is."""
+def _read_value(text: str) -> object:
+    """The value of a literal; of any other text that has one reading, the text itself."""
     try:
-        return _ESCAPE.sub(_unescape_one, text)
-    except _NotALiteral:
-        return text
+        if "#" in _STRING.sub("", text):
+            raise ValueError("Python would take it for a comment")
+        # Python knows neither line breaks nor bare apostrophes in such strings.
+        source = _STRING.sub(lambda string: re.sub(_APOSTROPHE, r"\'", string[0]).replace("\n", r"\n"), text)
+        return _from_node(ast.parse(source, mode="eval").body)
+    except SyntaxError:
+        if _STRING.fullmatch(text):
+            return text[1:-1]  # an escape that is none, as in "C:\users": not written with escapes in mind
+    except (ValueError, RecursionError, MemoryError):
+        pass
+    if text[:1] in ("'", '"') or text[:1] + text[-1:] in ("[]", "{}"):
+        raise CallSyntaxError("text beside a quoted string, or a list or dict of more than literals")
+    if any(set(quoted) & set(",=()[]{}") for quoted in _STRING.findall(text)):
+        raise CallSyntaxError("unquoted text with a quoted part that may end it")
+    return text
 
 
-def _unescape_one(match: re.Match) -> str:
-    kind, digits = match.lastgroup, match.group(match.lastgroup)
-    try:
-        if kind == "one":
-            if digits in "xuUN":
-                raise _NotALiteral
-            return _ONE_LETTER.get(digits, match.group())
-        if kind == "name":
-            return unicodedata.lookup(digits)
-        return chr(int(digits, 8 if kind == "octal" else 16))
-    except (KeyError, ValueError, OverflowError):
-        raise _NotALiteral from None
+def _from_node(node: ast.expr) -> object:
+    """The JSON value of a literal. Raises ValueError for others, CallSyntaxError for literals that JSON lacks."""
+    match node:
+        case ast.Constant(value=str()):  # JSON writes an emoji as two \u escapes
+            return node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+        case ast.Constant(value=bool() | int() | float() | None):
+            return node.value
+        case ast.Name() if node.id in _WORDS:
+            return _WORDS[node.id]
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=ast.Constant(value=int() | float() as number)):
+            return -number if isinstance(node.op, ast.USub) else number
+        case ast.List() | ast.Tuple():
+            return [_from_node(item) for item in node.elts]
+        case ast.Dict():
+            keys = [_from_node(key) for key in node.keys]
+            if not any(isinstance(key, list | dict) for key in keys):
+                texts = [key if isinstance(key, str) else json.dumps(key) for key in keys]
+                return dict(zip(texts, map(_from_node, node.values), strict=True))
+        case ast.Set() | ast.JoinedStr() | ast.Constant():
+            raise CallSyntaxError("a set, an ellipsis, bytes, a complex number or a formatted string")
+    raise ValueError("not a literal")
