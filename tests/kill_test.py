@@ -163,8 +163,13 @@ def compare(reference: Path, victim: Path) -> None:
 
 
 def measured(log: Path) -> list[dict]:
-    """The rows of a log, but for the times."""
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    """The rows of a log, but for the times; those of metrics.jsonl merged by step."""
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n")[:-1]]
+    if log.name == "metrics.jsonl":
+        steps: dict[int, dict] = {}
+        for row in rows:
+            steps.setdefault(row["step"], {}).update(row)
+        rows = list(steps.values())
     return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows]
 
 

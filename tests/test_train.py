@@ -14,7 +14,7 @@ from tooln1.data import read_examples
 from tooln1.distributed import launch
 from tooln1.io.errors import UserError
 from tooln1.model import load_model
-from tooln1.run.metrics import read_jsonl
+from tooln1.run.metrics import read_jsonl, read_metrics
 from tooln1.settings import Config
 from tooln1.sft import demonstrations, target_text
 from tooln1.tokenizer import load_tokenizer
@@ -65,7 +65,7 @@ def run(place: Path, name: str, **changes) -> Path:
 
 def measured(run_dir: Path) -> list[dict]:
     """The logged metrics, but for the times."""
-    rows = read_jsonl(run_dir / "metrics.jsonl")
+    rows = read_metrics(run_dir / "metrics.jsonl")
     return [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows]
 
 

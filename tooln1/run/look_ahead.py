@@ -28,7 +28,7 @@ from tooln1.run.preflight import (
     train_eval_overlap,
 )
 from tooln1.run.run_dir import CHECKPOINTS
-from tooln1.run.tensorboard import tensorboard_writer
+from tooln1.run.metrics import tensorboard_writer
 from tooln1.sft import target_text
 from tooln1.tokenizer import Tokenizer
 
