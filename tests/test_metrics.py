@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 
 import pytest
@@ -121,7 +122,13 @@ def test_console_line():
 
 
 def test_json_is_strict_readable_and_valid_utf8():
-    record = {"nan": math.nan, "inf": [1, (math.inf, True)], "text": "工具\u2028\n\\", "lone": "a\\\ud83d", "none": None}
+    record = {
+        "nan": math.nan,
+        "inf": [1, (math.inf, True)],
+        "text": "工具\u2028\n\\",
+        "lone": "a\\\ud83d",
+        "none": None,
+    }
     line = to_json(record)
     assert "\n" not in line and "工具" in line and line.encode("utf-8")
     back = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -149,7 +156,7 @@ def test_a_torn_last_line_is_left_out_and_overwritten(tmp_path, torn):
 
 def test_a_full_disk_is_one_sentence(tmp_path):
     log = JsonlLog(tmp_path / "metrics.jsonl")
-    log._file = open("/dev/full", "w")
+    log._file = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
     with pytest.raises(UserError, match="metrics.jsonl cannot be written to: No space left"):
         log.append({"step": 1})
 

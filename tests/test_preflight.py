@@ -10,13 +10,6 @@ import pytest
 import tiny
 import tokenizers
 from conftest import shared
-
-from tooln1.data import read_examples
-from tooln1.io.model_config import parse_config
-from tooln1.prompt import build_messages
-from tooln1.rewards import REWARDS
-from tooln1.run import preflight
-from tooln1.run.memory import estimate
 from tooln1.run.preflight import (
     Finding,
     disk,
@@ -29,6 +22,13 @@ from tooln1.run.preflight import (
     template,
     train_eval_overlap,
 )
+
+from tooln1.data import read_examples
+from tooln1.io.model_config import parse_config
+from tooln1.prompt import build_messages
+from tooln1.rewards import REWARDS
+from tooln1.run import preflight
+from tooln1.run.memory import estimate
 from tooln1.tokenizer import load_tokenizer
 
 GIB = 1 << 30

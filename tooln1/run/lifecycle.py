@@ -34,7 +34,7 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
     if config.threads:
         torch.set_num_threads(config.threads)
     run_dir = Path(config.run_dir)
-    with claimed(run_dir, world), explain_oom(asdict(config), world.note) as turn_to:
+    with claimed(run_dir, world), explain_oom(asdict(config)) as turn_to:
         checkpoint = find_checkpoint(run_dir, config.resume, world)
         tokenizer, examples, benches, notes = prepare(config, world, checkpoint)
         run = build(config, world, tokenizer, examples, benches, notes, turn_to)
