@@ -148,6 +148,9 @@ def test_a_finished_reply_must_begin_with_its_prompt_to_be_imitated(changed):
 def test_a_reply_must_end_with_a_stop_id(changed, mode, level):
     found = list(check_template(changed(stops=[256]), tiny.examples(3), SETTINGS | {"mode": mode}))
     worst(found, level, "ends a reply with '<|im_end|>', none of the stop ids")
+    letter = changed(stops=[*changed().encode("b"), 258])
+    strict = check_template(letter, tiny.examples(3), SETTINGS | {"mode": mode, "reward": "strict"})
+    worst(strict, "warning", "a right reply does not get the full strict reward")
 
 
 def test_a_tokenizer_that_changes_text_is_found(changed):
