@@ -50,8 +50,8 @@ from tooln1.io.errors import UserError, exit_on_user_error
 from tooln1.io.files import atomic_write, check_writable
 from tooln1.io.jsonl import read_rows
 from tooln1.model import Transformer, load_model, read_config
+from tooln1.run.checks import stop_ids
 from tooln1.run.metrics import JsonlLog, read_jsonl, to_json
-from tooln1.run.preflight import stop_ids
 from tooln1.sampler.sampler import Sampler
 from tooln1.tokenizer import TOKENIZER_FILES, load_tokenizer
 

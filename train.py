@@ -28,7 +28,7 @@ from tooln1.io.progress import progress
 from tooln1.prompt import build_messages
 from tooln1.rewards import REWARDS
 from tooln1.run.checkpoint import find_checkpoint
-from tooln1.run.faults import keep_batch, ruined
+from tooln1.run.faults import save_skipped_batch
 from tooln1.run.lifecycle import evaluate_if_due, finish_step, metrics_of_step, open_run
 from tooln1.run.metrics import Metrics
 from tooln1.run.reply_metrics import add_reply_metrics, add_sampler_gap, add_sampler_stats
@@ -149,10 +149,7 @@ def update(
     run.intact = False
     run.bad_steps = 0 if result.applied else run.bad_steps + 1
     if not result.applied:
-        skipped, name = Path(config.run_dir) / "skipped", f"step-{step + 1:06d}-{run.bad_steps}"
-        keep_batch(skipped, name, batches, rollouts, run.tokenizer, run.world, newest=config.max_bad_steps)
-        if run.bad_steps >= config.max_bad_steps:
-            raise ruined(run.bad_steps, step + 1, skipped, config.learning_rate)
+        save_skipped_batch(run, step, batches, rollouts)
     metrics.add_mean("loss", result.loss)
     metrics.add_mean("grad_norm", result.grad_norm)
     metrics.add_max("learning_rate", rate)

@@ -29,7 +29,6 @@ import torch
 from tooln1.benchmarks import Case, Verdict, acebench, api_bank, bfcl, examples
 from tooln1.benchmarks.bfcl_data import BfclCase
 from tooln1.data import Rollout
-from tooln1.distributed import local_reduce
 from tooln1.prompt import (
     ASSISTANT_MARKER,
     CALL_CLOSE,
@@ -523,7 +522,7 @@ def check_step(findings: Findings, index: int, rows: list[dict]) -> None:
     rollouts = [Rollout(n // 8, n % 8, [0], [0] * (n % 7 + 1), [0.0], n % 5 > 0) for n in range(len(rows))]
     answers = [json.loads(a) if isinstance(a, str) else a for a in (row["answer"] for row in rows)]
     add_reply_metrics(metrics, rollouts, [row["reply"] for row in rows], answers, rewards, True, 1)
-    values = metrics.reduced(local_reduce)
+    values = metrics.reduced()
     assert abs(values["accuracy"] - values["reward"]) < 1e-6, values  # they are paid by the binary reward
     to_json(values)
 

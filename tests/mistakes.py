@@ -14,7 +14,7 @@ from collections import namedtuple
 import tiny
 import torch
 
-from tooln1.run import look_ahead, preflight
+from tooln1.run import checks, memory
 
 ROW = vars(tiny.examples(1)[0])
 NO_CALL = {"query": "q", "tools": "[]", "answers": "[]"}
@@ -70,11 +70,11 @@ def unwritable(patch):
 
 
 def full_disk(patch):
-    patch.setattr(preflight.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(1000))
+    patch.setattr(checks.shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(1000))
 
 
 def little_memory(patch):
-    patch.setattr(look_ahead, "host_bytes", lambda: 1000)
+    patch.setattr(memory, "available", lambda device: {"host": 1000})
 
 
 def held(patch):
@@ -196,11 +196,11 @@ MODEL = [
     ("no tokenizer", "", "model/tokenizer.json: no such file", {"model/tokenizer.json": None}),
     ("tokenizer.json is no JSON", "", "model/tokenizer.json: not a tokenizer", {"model/tokenizer.json": "{"}),
     ("no tokenizer in it", "", "model/tokenizer.json: not a tokenizer", {"model/tokenizer.json": '{"model": 1}'}),
-    ("few ids", "", "the tokenizer has 259 ids, the model 200: they do not belong together", config(vocab_size=200)),
+    ("few ids", "", "the tokenizer has 259 ids, the model 200; use the", config(vocab_size=200)),
     ("no template", "", "no chat template. Give one as", {"model/tokenizer_config.json": "{}"}),
     ("broken template", "", "the chat template must be a text", template("{% if %}")),
     ("template that raises", "", "does not accept these messages: no tool", template("{{raise_exception('no tool')}}")),
-    ("template without words", "", "leaves out or changes what system and user say; use another", template("x")),
+    ("template without words", "", "omits or changes system messages; use another", template("x")),
     (
         "endless template",
         "",
@@ -236,9 +236,14 @@ DATA = [
     ("no role", "", 'line 1, messages[0]: the key "role" is missing', rows(line(messages=[{"content": ""}]))),
     ("not converted", "", "data.jsonl, line 1: unknown key 'answers'", rows(json.dumps(NO_CALL))),
     ("all too long", "--max-prompt-tokens 5", "data.jsonl: all prompts are over max_prompt_tokens (5)"),
-    ("too few", "", "prompts_per_step is 4, but only 1 training examples", rows(line())),
-    ("beyond the context", "", "the model's context 20: it would stop the run", config(max_position_embeddings=20)),
-    ("beyond the cache", "--rollout-cache-tokens 99", "rollout_cache_tokens is 99: it would stop the run; raise it to"),
+    ("too few", "", "prompts_per_step is 4, but there are only 1 training", rows(line())),
+    (
+        "beyond the context",
+        "",
+        "the model's context is 20: lower max_prompt_tokens",
+        config(max_position_embeddings=20),
+    ),
+    ("beyond the cache", "--rollout-cache-tokens 99", "rollout_cache_tokens is 99: raise it"),
     ("reply of no text", "--mode sft", 'data.jsonl, line 1: "reply" must be a string', rows(line(reply=5))),
     ("reply, but no sft", "", "data.jsonl, line 1: unknown key 'reply'", rows(line(reply="x"))),
     ("unknown benchmark", "--eval-bench nope=x", "there is no benchmark 'nope'; --bench takes NAME=PATH"),
@@ -279,10 +284,10 @@ RUN = [
         "step-000002 cannot be loaded into this model: | Size mismatch",
     ),
     ("broken log", FINISHED, "finished/metrics.jsonl, line 1 is not JSON", {"finished/metrics.jsonl": "{\n"}),
-    ("warning, checked", "--check --tokens-per-microbatch 9", "1 of 7 findings, | to be mended: lengths"),
-    ("leak, checked", "--check --eval-data data.jsonl", "to be mended: train_eval_overlap"),
-    ("full disk", "", "disk: | 1.0 KiB are free: not even for one checkpoint | make room", full_disk),
-    ("little memory", "", "memory: | this cannot work; ways out:", little_memory),
+    ("warning, checked", "--check --tokens-per-microbatch 9", "1 of 8 findings, | need a change: lengths"),
+    ("leak, checked", "--check --eval-data data.jsonl", "need a change: train_eval_overlap"),
+    ("full disk", "", "disk: 1.0 KiB free, a checkpoint takes | free space", full_disk),
+    ("little memory", "", "memory: | the host has 1.0 KiB: change one of", little_memory),
     ("no GPU", "--device cuda", "torch finds no GPU; use --device cpu", no_gpu),
     ("no tensorboard", "--tensorboard", "on | requirements-extra.txt", lacking("torch.utils.tensorboard")),
     ("no world size", "", "WORLD_SIZE is not set | start with torchrun", environment(RANK="0")),
@@ -413,20 +418,20 @@ DEMO = [
 ]
 PLOT = [
     ("no run", "", "the following arguments are required: RUN"),
-    ("missing", "gone", "cannot read gone: No such file"),
+    ("missing", "gone", "cannot read gone/metrics.jsonl: No such file"),
     ("no text", "gone\udcff", "cannot read gone"),
     ("no metrics", "model", "cannot read model/metrics.jsonl: No such file"),
     ("not JSON", "finished", "finished/metrics.jsonl, line 1 is not JSON", {"finished/metrics.jsonl": "{\n"}),
     ("no object", "finished", "line 1 is not a JSON object", {"finished/metrics.jsonl": "5\n"}),
     ("not UTF-8", "finished", "finished/metrics.jsonl is not UTF-8", {"finished/metrics.jsonl": b"\xff\n"}),
     ("deep", "finished", "finished/metrics.jsonl, line 1 is not JSON", {"finished/metrics.jsonl": "[" * 99999 + "\n"}),
-    ("nothing yet", "finished", "holds nothing to draw yet", {"finished/metrics.jsonl": ""}),
+    ("nothing yet", "finished", "has no metric to draw yet", {"finished/metrics.jsonl": ""}),
     ("text and picture", "finished --text --out a.png", "argument --out: not allowed with argument --text"),
     ("no matplotlib", "finished", "requirements-extra.txt, or pass --text", lacking("matplotlib.figure")),
 ]
 WITH_MATPLOTLIB = [
-    ("another format", "finished --out a.doc", "--out a.doc: the ending .doc names no image format; take .png or .svg"),
-    ("no ending", "finished --out a", "--out a: a name without an ending names no image format"),
-    ("below a file", "finished --out data.jsonl/a.png", "--out data.jsonl: data.jsonl is not a folder"),
-    ("onto a folder", "finished --out f.png", "--out f.png is a folder; name a file in it", {"f.png/x": ""}),
+    ("another format", "finished --out a.doc", "--out a.doc: .doc is not an image format; use .png or .svg"),
+    ("no ending", "finished --out a", "--out a: no ending is not an image format"),
+    ("below a file", "finished --out data.jsonl/a.png", "--out data.jsonl/a.png cannot be written"),
+    ("onto a folder", "finished --out f.png", "--out f.png cannot be written", {"f.png/x": ""}),
 ]

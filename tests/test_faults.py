@@ -318,10 +318,10 @@ def test_lack_of_host_memory_names_the_settings():
     """In an address space with room for the program, but not for 2^32 numbers."""
     code = (
         "import resource, torch\n"
-        "from tooln1.run.faults import ROLLOUT_KNOBS, explain_oom\n"
+        "from tooln1.run.faults import ROLLOUT_SETTINGS, explain_oom\n"
         "from tooln1.io.errors import exit_on_user_error\n"
         "def main():\n"
-        "    with explain_oom(dict.fromkeys(ROLLOUT_KNOBS, 7)) as turn_to:\n"
+        "    with explain_oom(dict.fromkeys(ROLLOUT_SETTINGS, 7)) as turn_to:\n"
         "        turn_to('step 3, rollout')\n"
         "        used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "        resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))\n"
@@ -346,11 +346,11 @@ def test_steps_that_are_not_finite_are_skipped_kept_and_end_the_run(place, monke
     rows = measured(place / "nan")
     assert [row["skipped_steps"] for row in rows] == [2] and rows[0]["loss"] is None
     files = sorted(path.name for path in skipped.iterdir())
-    assert files == ["step-000001-1.jsonl", "step-000001-2.jsonl", "step-000002-3.jsonl"]
+    assert files == ["step-000001-1.rank0.jsonl", "step-000001-2.rank0.jsonl", "step-000002-3.rank0.jsonl"]
     replies = measured(skipped, files[-1])
     assert len(replies) == 6 and {row["advantage"] for row in replies} >= {None}
     for row in replies:
-        assert len(row["reply_tokens"]) == len(row["old_logprobs"]) == len(row["ref_logprobs"]) > 0
+        assert len(row["sampler_logprobs"]) == len(row["old_logprobs"]) == len(row["ref_logprobs"]) > 0
     monkeypatch.undo()
     run(place, "nan", resume="auto", max_bad_steps=3, **(settings | dict(steps=1)))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(place / "nan"), start, strict=True))

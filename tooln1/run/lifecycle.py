@@ -75,7 +75,7 @@ def metrics_of_step(run: Run, step: int) -> Metrics:
 def finish_step(run: Run, metrics: Metrics, replies: list[dict]) -> None:
     """Log a step that is complete, save and evaluate where that is due."""
     config = run.config
-    run.log.step(run.done + 1, metrics.reduced(run.world.all_reduce))
+    run.log.step(run.done + 1, metrics.reduced(run.world.gather))
     run.log.rollouts(run.done + 1, replies, config.log_rollouts)
     run.done, run.intact = run.done + 1, True
     last = run.done == run.steps
@@ -101,12 +101,11 @@ def open_logs(run: Run) -> RunLog:
     if world.is_main:
         with atomic_write(run_dir / "config.toml") as file:
             file.write(to_toml(replace(config, resume="", allow_changes="", check=False)))
-    completed = run.done or None
-    return RunLog(run_dir, run.steps, completed=completed, tensorboard=config.tensorboard, write=world.is_main)
+    return RunLog(run_dir, run.steps, completed=run.done, tensorboard=config.tensorboard, write=world.is_main)
 
 
 def evaluate_if_due(run: Run) -> None:
-    """Evaluate where that is due after the steps done, and add the figures to the step's row, if it has none yet.
+    """Evaluate if that is due after the steps done and not logged yet; the figures are logged under the same step.
 
     The step is complete, and saved if that is due, before: a run that is stopped or killed in here goes on with this.
     One that goes on from another run's checkpoint evaluates what that one may not have, its last step.
@@ -120,7 +119,7 @@ def evaluate_if_due(run: Run) -> None:
         with metrics.timer("eval"):
             copy_weights(run.policy, run.sampler.model)
             metrics.add_means({name: (value, 1) for name, value in evaluate(run).items()})
-        run.log.step(step, metrics.reduced(run.world.all_reduce))
+        run.log.step(step, metrics.reduced(run.world.gather))
 
 
 def save(run: Run, may_fail: bool = False) -> None:

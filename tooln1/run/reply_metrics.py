@@ -1,4 +1,4 @@
-"""What the replies of a step say about the run: reward and its parts, lengths, agreement of sampler and trainer."""
+"""Metrics of the replies of a step: rewards, lengths, the sampler's work, and its agreement with the trainer."""
 
 from __future__ import annotations
 
@@ -26,38 +26,34 @@ def add_reply_metrics(
     think: bool,
     ranks: int,
 ) -> None:
-    """Add the figures of all replies of a step; every one of the `ranks` holds all of them and adds the same.
+    """Add metrics of all replies of a step; each of the `ranks` has all replies and adds the same. rewards: [N].
 
-    accuracy is the share that the binary reward would pay, whatever the reward in use; format_ok the share whose
-    calls at least read well. rewards: [N] float.
+    accuracy is the mean of the binary reward, whatever reward is trained on; format_ok the share of replies whose calls
+    can be parsed.
     """
     faults = [fault_of(*pair, think) for pair in zip(replies, answers, strict=True)]
     lengths = [len(rollout.reply) for rollout in rollouts]
-    for name, total in (
-        ("reward", rewards.sum()),
-        ("accuracy", faults.count("none")),
-        ("format_ok", sum(fault not in FORMAT_FAULTS for fault in faults)),
-        ("truncated_fraction", sum(not rollout.finished for rollout in rollouts)),
-        ("reply_tokens_mean", sum(lengths)),
-    ):
-        metrics.add_mean(name, total, len(rollouts))
-    groups = torch.tensor([rollout.group for rollout in rollouts])
-    metrics.add_mean("zero_variance_fraction", zero_variance_groups(rewards, groups))
+    metrics.add_mean("reward", rewards.sum(), len(rollouts))
+    metrics.add_mean("accuracy", faults.count("none"), len(rollouts))
+    metrics.add_mean("format_ok", sum(fault not in FORMAT_FAULTS for fault in faults), len(rollouts))
+    metrics.add_mean("truncated_fraction", sum(not rollout.finished for rollout in rollouts), len(rollouts))
+    metrics.add_mean("reply_tokens_mean", sum(lengths), len(rollouts))
     metrics.add_min("reply_tokens_min", min(lengths))
     metrics.add_max("reply_tokens_max", max(lengths))
-    metrics.add_tokens("rollout", sum(lengths) / ranks)  # tokens of all ranks are added up
+    groups = torch.tensor([rollout.group for rollout in rollouts])
+    metrics.add_mean("zero_variance_fraction", zero_variance_groups(rewards, groups))
+    metrics.add_tokens("rollout", sum(lengths) / ranks)  # summed over ranks again
 
 
 def add_sampler_stats(metrics: Metrics, stats: Stats) -> None:
-    """Add what this rank's sampling took beside the reply tokens: prompt tokens computed, and rows put back."""
+    """Add what this rank's sampler computed beside the reply tokens."""
     metrics.add_sum("prompt_tokens_prefilled", stats.prefilled)
     metrics.add_sum("tokens_recomputed", stats.recomputed)
-    metrics.add_sum("rows_put_back", stats.preemptions)
+    metrics.add_sum("preemptions", stats.preemptions)
 
 
 def add_sampler_gap(metrics: Metrics, rollouts: Sequence[Rollout], batches: Sequence[PackedBatch]) -> None:
     """Add the mean |log-prob of the sampler - log-prob of the trainer| over this rank's reply tokens."""
     for batch in batches:
         sampled = torch.tensor([logprob for row in batch.rows for logprob in rollouts[row].logprobs])
-        gap = (batch.old_logprobs.cpu() - sampled).abs()
-        metrics.add_mean("sampler_logprob_gap", gap.sum(), len(gap))
+        metrics.add_mean("sampler_logprob_gap", (batch.old_logprobs.cpu() - sampled).abs().sum(), len(sampled))

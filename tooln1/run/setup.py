@@ -17,7 +17,7 @@ from tooln1.io.errors import UserError
 from tooln1.model import Transformer, model_files, read_config
 from tooln1.prompt import drop_long
 from tooln1.run.checkpoint import Checkpoint
-from tooln1.run.look_ahead import look_ahead
+from tooln1.run.checks import check_run
 from tooln1.run.metrics import RunLog
 from tooln1.run.signals import StopRequest
 from tooln1.sampler.sampler import Sampler
@@ -75,7 +75,7 @@ def prepare(
     held_out = [case.example for bench in benches if bench.name == "heldout" for case in bench.chosen]
     shape, reference = read_config(config.model), read_config(frozen) if frozen else None
     settings = resolved(config, shape.num_parameters)
-    look_ahead(settings, world, shape, reference, tokenizer, examples, held_out)
+    check_run(settings, world, shape, reference, tokenizer, examples, held_out)
     return tokenizer, examples, benches, notes
 
 

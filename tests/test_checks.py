@@ -1,0 +1,259 @@
+"""Each check before a run, failing and passing: on a tiny model and data, and with Qwen2.5's tokenizer."""
+
+import json
+import shutil
+from collections import namedtuple
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import tiny
+import tokenizers
+from conftest import shared
+
+from tooln1.config import Config
+from tooln1.data import read_examples
+from tooln1.io.errors import UserError
+from tooln1.prompt import build_messages
+from tooln1.rewards import REWARDS
+from tooln1.run import checks
+from tooln1.run.checks import (
+    Finding,
+    disk,
+    fits_memory,
+    lengths,
+    longest_prompt,
+    report,
+    schedule,
+    stop_ids,
+    train_eval_overlap,
+)
+from tooln1.run.checks import template as check_template
+from tooln1.run.memory import Estimate, Part
+from tooln1.tokenizer import load_tokenizer
+
+SETTINGS = asdict(Config(prompts_per_step=32, prompts_per_minibatch=16, tokens_per_microbatch=400))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.write_model(folder)
+    return folder
+
+
+@pytest.fixture
+def changed(place, tmp_path):
+    """Loads the tiny tokenizer with another template, other stop ids, or another normalizer."""
+
+    def load(template="", stops=None, normalizer=None):
+        folder = shutil.copytree(place / "model", tmp_path / "changed", dirs_exist_ok=True)
+        if template:
+            (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        if stops is not None:
+            (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+        if normalizer:
+            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            backend.normalizer = normalizer
+            backend.save(str(folder / "tokenizer.json"))
+        return load_tokenizer(folder)
+
+    return load
+
+
+def worst(findings, level, *words):
+    """The most severe finding has this level and contains these words."""
+    order = ("ok", "warning", "error")
+    finding = max(findings, key=lambda finding: order.index(finding.level))
+    assert finding.level == level, finding
+    for word in words:
+        assert word in finding.text, finding.text
+
+
+def dialogue(name, *questions, source="talk"):
+    turns = [{"role": "user", "content": questions[0]}]
+    for question in questions[1:]:
+        turns += [{"role": "assistant", "content": "[]"}, {"role": "tool", "content": question}]
+    return replace(tiny.examples(1)[0], id=name, messages=turns, source=source)
+
+
+# --- overlap of training and held-out examples
+
+
+def test_examples_without_a_common_row_or_content_do_not_overlap():
+    train, held_out = tiny.examples(12)[:8], tiny.examples(12)[8:]
+    worst(train_eval_overlap(train, held_out), "ok", "0 of 4 held-out")
+    worst(train_eval_overlap(train, []), "ok")
+
+
+def test_a_common_source_row_is_an_overlap():
+    train = [dialogue("toolace-1-3", "one"), dialogue("toolace-12-3", "two")]
+    held_out = [dialogue("toolace-2-3", "four"), dialogue("toolace-1-5", "three"), dialogue("toolace-1-7", "five")]
+    worst(train_eval_overlap(train, held_out), "warning", "2 of 3", "source row", "the first: toolace-1-5")
+    held_out = [dialogue("xlam-9", "one more"), dialogue("toolace-12-3-irrelevant", "x")]
+    worst(train_eval_overlap(train, held_out), "warning", "1 of 2")
+
+
+def test_the_same_tools_in_any_order_and_first_message_are_an_overlap():
+    tools = [{"name": "f"}, {"name": "g"}]
+    train = [replace(dialogue("a", "one"), tools=tools), dialogue("b", "two")]
+    held_out = [replace(dialogue("c", "one", "more"), tools=tools[::-1]), dialogue("d", "one"), dialogue("e", "six")]
+    worst(train_eval_overlap(train, held_out), "warning", "1 of 3", "the first: c")
+
+
+def test_the_demo_has_no_overlap():
+    data = Path(__file__).resolve().parents[1] / "assets" / "demo"
+    examples = (read_examples(data / f"{name}.jsonl") for name in ("train", "heldout"))
+    worst(train_eval_overlap(*examples), "ok", "0 of 500")
+
+
+# --- template, stop ids
+
+
+@pytest.mark.parametrize("reward", REWARDS)
+def test_a_sound_template_passes_with_every_reward(place, reward):
+    tokenizer = load_tokenizer(place / "model")
+    no_call = replace(dialogue("n", "Hi", source="no call"), answer=[])
+    examples = [*tiny.examples(9), dialogue("t", "Hi", '{"a": 1}'), no_call]
+    for mode in ("rl", "sft"):
+        for think in (True, False):
+            settings = SETTINGS | {"mode": mode, "think": think, "reward": reward}
+            worst(check_template(tokenizer, examples, settings), "ok", "3 examples")  # one of each source
+
+
+FOR_EACH = "{% for m in messages %}"
+TEMPLATES = [  # what is replaced in the sound template, by what, the level, words of the finding
+    (FOR_EACH, "{% for m in messages if m.role != 'system' %}", "error", "omits or changes system messages"),
+    (FOR_EACH, "{% for m in messages if m.role != 'tool' %}", "warning", "omits or changes tool messages"),
+    ("m['content']", "m['content'] | trim", "ok", "unchanged"),
+    ("{% if add_generation_prompt %}", "{% if false %}", "warning", "ignores add_generation_prompt"),
+    ("assistant\n", "assistant\n<think>", "warning", "writes <think> itself"),
+    ("assistant\n", "assistant\nAnswer: ", "ok", "unchanged"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "level", "words"), TEMPLATES)
+def test_what_a_template_changes_is_found(changed, old, new, level, words):
+    examples = [*tiny.examples(3), dialogue("t", "Hi ", "42 degrees")]
+    tokenizer = changed(tiny.CHAT_TEMPLATE.replace(old, new))
+    worst(check_template(tokenizer, examples, SETTINGS), level, words)
+
+
+def test_a_finished_reply_must_begin_with_its_prompt_to_be_imitated(changed):
+    tokenizer = changed(tiny.CHAT_TEMPLATE.replace("assistant\n", "assistant\nAnswer: "))
+    worst(check_template(tokenizer, tiny.examples(3), SETTINGS | {"mode": "sft"}), "error", "cannot be imitated")
+
+
+@pytest.mark.parametrize(("mode", "level"), [("rl", "warning"), ("sft", "error")])
+def test_a_reply_must_end_with_a_stop_id(changed, mode, level):
+    found = list(check_template(changed(stops=[256]), tiny.examples(3), SETTINGS | {"mode": mode}))
+    worst(found, level, "ends a reply with '<|im_end|>', none of the stop ids")
+    letter = changed(stops=[*changed().encode("b"), 258])
+    strict = check_template(letter, tiny.examples(3), SETTINGS | {"mode": mode, "reward": "strict"})
+    worst(strict, "warning", "a right reply does not get the full strict reward")
+
+
+def test_a_tokenizer_that_changes_text_is_found(changed):
+    tokenizer = changed(normalizer=tokenizers.normalizers.Lowercase())
+    worst(check_template(tokenizer, tiny.examples(1), SETTINGS), "warning", "decode to another text")
+    upper = replace(tiny.examples(1)[0], answer=[{"name": "ADD", "arguments": {}}])
+    texts = " ".join(finding.text for finding in check_template(tokenizer, [upper], SETTINGS))
+    assert "does not get the full binary reward" in texts
+
+
+def test_qwen_passes_on_all_kinds_of_messages():
+    tokenizer = load_tokenizer(shared("reference/qwen2.5-tokenizer"))
+    examples = [dialogue("t", "Wie spät?", '{"time": "12:00"}'), dialogue("z", "今天天气 🙂", source="chinese")]
+    for changes in ({"reward": "strict"}, {"think": False, "mode": "sft"}):
+        worst(check_template(tokenizer, examples, SETTINGS | changes), "ok", "2 examples")
+    worst(stop_ids(tokenizer, 152064), "ok", "151645 <|im_end|>")
+
+
+def test_stop_ids_and_vocabulary(place, changed):
+    worst(stop_ids(load_tokenizer(place / "model"), 259), "ok", "258 <|im_end|>, 256 <|endoftext|>")
+    worst(stop_ids(load_tokenizer(place / "model"), 258), "error", "259 ids, the model 258")
+    tokenizer = changed(template=tiny.CHAT_TEMPLATE)  # without eos_token
+    (tokenizer._directory / "generation_config.json").unlink()
+    worst(stop_ids(load_tokenizer(tokenizer._directory), 259), "error", "which token ends a reply")
+
+
+# --- lengths, schedule
+
+
+def test_the_longest_prompt_is_counted_in_tokens(place):
+    tokenizer, examples = load_tokenizer(place / "model"), tiny.examples(12)
+
+    def count(example, think=True):
+        return len(tokenizer.encode(tokenizer.render(build_messages(example, think), add_generation_prompt=True)))
+
+    assert longest_prompt(tokenizer, examples, True) == max(map(count, examples))
+    assert longest_prompt(tokenizer, examples, True, counted=1) == max(map(count, examples))  # a byte is a token here
+    assert longest_prompt(tokenizer, examples, False) == max(count(example, False) for example in examples)
+
+
+@pytest.mark.parametrize(
+    ("context", "changes", "level", "words"),
+    [
+        (150, {}, "ok", "the longest prompt has 100 tokens, with a reply up to 150; the model's context is 150"),
+        (None, {}, "ok", "not known"),
+        (149, {}, "warning", "the model's context is 149: lower"),
+        (100, {}, "error", "the model's context is 100: lower max_prompt_tokens"),
+        (4096, {"tokens_per_microbatch": 149}, "warning", "tokens_per_microbatch is 149"),
+        (4096, {"rollout_cache_tokens": 149}, "error", "rollout_cache_tokens is 149: raise it"),
+        (4096, {"rollout_cache_tokens": 149, "mode": "sft"}, "ok", ""),
+    ],
+)
+def test_prompts_and_replies_must_fit(context, changes, level, words):
+    worst(lengths(SETTINGS | changes, context, 100, 50), level, words)
+
+
+def test_the_schedule_must_have_work():
+    worst(schedule(100, SETTINGS, 8), "ok", "21 steps of 32 prompts, 7.0 epochs of 3 steps")
+    worst(schedule(100, SETTINGS | {"steps": 4}, 8), "ok", "4 steps", "1.3 epochs")
+    worst(schedule(31, SETTINGS, 8), "error", "prompts_per_step is 32", "31 training examples")
+    worst(schedule(100, SETTINGS, 20), "warning", "prompts_per_minibatch is 16", "20 processes")
+
+
+# --- memory, disk
+
+
+def test_memory_of_the_gpu_and_of_the_host_that_processes_share():
+    parts = (Part("weights", 100, "GPU"), Part("moments", 30, "host"), Part("activations", 60, "GPU", certain=False))
+    needed = Estimate(parts, Part("loading", 50, "GPU"))
+
+    def against(gpu, host):
+        return list(fits_memory(needed, SETTINGS, {"GPU": gpu, "host": host}, 4))
+
+    assert [finding.level for finding in against(160, 120)] == ["ok", "ok"]
+    worst(against(159, 120), "warning", "160 bytes needed, 100 bytes of it certain", "tokens_per_microbatch (400)")
+    worst(against(99, 120), "error", "the GPU has 99 bytes", "offload_optimizer (False)")
+    assert "tokens_per_microbatch" not in against(99, 120)[0].text
+    worst(against(160, 119), "error", "120 bytes needed", "the host has 119 bytes")
+
+
+@pytest.mark.parametrize(
+    ("free", "level"), [(40_000, "ok"), (39_999, "warning"), (16_000, "warning"), (15_999, "error")]
+)
+def test_disk_for_checkpoints_and_the_export(monkeypatch, tmp_path, free, level):
+    """1,000 parameters: 12,000 bytes a checkpoint (two kept, one being written), 4,000 the export."""
+    asked = []
+    monkeypatch.setattr(
+        checks.shutil, "disk_usage", lambda path: asked.append(path) or namedtuple("Usage", "free")(free)
+    )
+    worst(disk(SETTINGS | {"run_dir": str(tmp_path / "all/runs")}, 1000), level, "a checkpoint takes 11.7 KiB")
+    assert asked == [tmp_path]  # the nearest folder that exists
+
+
+# --- what follows
+
+
+def test_errors_stop_a_run_and_warnings_only_a_check(capsys):
+    fine, warning, error = (Finding(level, level[:2], "text.") for level in ("ok", "warning", "error"))
+    report([fine, warning], check=False)
+    assert capsys.readouterr() == ("", "warning: wa: text.\n")
+    with pytest.raises(UserError, match="^er: text.$"):
+        report([fine, warning, error], check=False)
+    report([fine], check=True)
+    assert capsys.readouterr().out == "ok       ok: text.\n"
+    with pytest.raises(UserError, match="1 of 2 findings, printed above, need a change: wa"):
+        report([fine, warning], check=True)
