@@ -7,6 +7,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from tooln1.data import Example, write_examples
+from tooln1.io.errors import exit_on_user_error
 from tooln1.io.model_config import parse_config
 from tooln1.model import random_model, save_model
 from tooln1.prompt import XLAM_SYSTEM
@@ -77,3 +78,25 @@ def write_data(folder: Path, count: int = 12) -> Path:
     """`examples` as a JSONL file."""
     write_examples(examples(count), folder / "data.jsonl")
     return folder / "data.jsonl"
+
+
+def run_eval(*arguments) -> int:
+    """eval.py's exit code for these arguments, run in this process."""
+    import eval as program
+
+    try:
+        exit_on_user_error(lambda: program.main([*map(str, arguments)]))
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """A JSONL file of these rows."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
