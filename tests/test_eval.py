@@ -28,7 +28,6 @@ from tooln1.sampler.sampler import Sampler
 from tooln1.settings import Config
 from tooln1.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 ONE, TWO = {"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 2}}
 ANSWERS = [[ONE], [TWO], [ONE, TWO]]
 REPLIES = [*(format_reply(answer, "t") for answer in ANSWERS), format_reply([ONE]), "<think>t</think> Nothing fits."]
@@ -75,13 +74,13 @@ def undisturbed(model, data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def calls(monkeypatch) -> list[list[list[int]]]:
-    """The prompts of each call of the sampler."""
+def calls(monkeypatch) -> list[dict]:
+    """For each call of the sampler: prompt -> its max_new_tokens."""
     calls, generate = [], Sampler.generate
 
-    def noted(self, prompts, *args, **how):
-        calls.append(prompts)
-        return generate(self, prompts, *args, **how)
+    def noted(self, prompts, max_new_tokens, **how):
+        calls.append(dict(zip(map(tuple, prompts), max_new_tokens, strict=True)))
+        return generate(self, prompts, max_new_tokens=max_new_tokens, **how)
 
     monkeypatch.setattr(Sampler, "generate", noted)
     return calls
@@ -121,7 +120,6 @@ def test_a_killed_run_goes_on_after_its_last_chunk(model, data, undisturbed, tmp
     assert read_rows(out / "predictions.jsonl") == read_rows(undisturbed / "predictions.jsonl")[:8]
     assert run_eval(*arguments(model, data, out)) == 0
     assert [*map(len, calls)] == [8, 8, 8] and same_results(out, undisturbed)
-    assert len(read_rows(out / "predictions.jsonl")) == 24
     shutil.copytree(model, tmp_path / "moved")  # paths may change; and now nothing is left to do
     assert run_eval(*arguments(tmp_path / "moved", data, out)) == 0
     assert len(calls) == 3 and same_results(out, undisturbed)
@@ -158,6 +156,7 @@ def test_prompts_beyond_the_context_are_a_fault_of_their_own(model, data, tmp_pa
     for _ in range(2):  # the second time nothing is left to do
         assert run_eval(*arguments(tmp_path / "short", data, out, rows=8), "--max-reply-tokens", 4096) == 0
         assert 0 < len(too_long) < 24 and [*map(len, calls)] == [24 - len(too_long)]
+    assert all(max_new_tokens == context - len(prompt) for prompt, max_new_tokens in calls[0].items())
     faults = [row["id"] for row in read_rows(out / "failures.jsonl") if row["why"] == "prompt_too_long"]
     assert sorted(faults) == sorted(too_long)
     again = ["--bench", f"examples={data}", "--predictions", out / "predictions.jsonl", "--out", tmp_path / "again"]
@@ -172,16 +171,16 @@ def test_a_base_model_gets_the_same_prompts_and_its_own_row(model, data, tmp_pat
     out, options = tmp_path / "out", ["--prompt", "released", "--base-model", tmp_path / "base_model"]
     assert run_eval(*arguments(model, data, out, rows=8), *options) == 0
     assert calls[0] == calls[1]
-    wording = "please make tool_calls an empty list <tool_call>[]</tool_call>"
-    assert wording in load_tokenizer(model).decode(calls[0][0])
+    assert "please make tool_calls an empty list" in load_tokenizer(model).decode(next(iter(calls[0])))
     ours, base = (100 * overall(folder)["accuracy"] for folder in (out, out / "base"))
     printed = " ".join(capsys.readouterr().out.split())
     assert ours != base and f"model/parrot {ours:.2f} base: " in printed and f"base_model {base:.2f} " in printed
 
 
-def test_samples_have_a_mean_and_a_spread(model, data, tmp_path):
+def test_samples_have_a_mean_and_a_spread(model, data, tmp_path, calls):
     extra, out = ["--temperature", 2, "--samples", 3, "--seed", 5], tmp_path / "out"
-    assert run_eval(*arguments(model, data, out), *extra) == 0
+    assert run_eval(*arguments(model, data, out, rows=6), *extra) == 0
+    assert [*map(len, calls)] == [8, 8, 8]  # chunks of 4 * 6 replies
     rows, right = read_rows(out / "predictions.jsonl"), [0, 0, 0]
     assert len(rows) == 72 == len({(row["id"], row["sample"]) for row in rows})
     cases = {case.id: case for case in load_benchmarks([f"examples={data}"])[0].cases}
@@ -189,16 +188,16 @@ def test_samples_have_a_mean_and_a_spread(model, data, tmp_path):
         right[row["sample"]] += score(cases[row["id"]], row["completion"]).ok
     assert len(set(right)) > 1 and overall(out)["by_sample"] == [count / 24 for count in right]
     assert overall(out)["spread"] == pytest.approx(statistics.stdev(count / 24 for count in right))
-    assert (overall(out)["right"], overall(out)["replies"]) == (sum(right), 72)
-    assert run_eval(*arguments(model, data, tmp_path / "other"), *extra[:-1], 6) == 0
-    assert read_rows(tmp_path / "other" / "predictions.jsonl") != rows
+    for folder, seed in (("one_chunk", 5), ("reseeded", 6)):
+        assert run_eval(*arguments(model, data, tmp_path / folder, rows=18), *extra[:-1], seed) == 0
+        assert (read_rows(tmp_path / folder / "predictions.jsonl") == rows) == (seed == 5)
 
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_results(model, data, undisturbed, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "eval.py"]
     command += map(str, arguments(model, data, tmp_path / "out", rows=1))
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("overall") == 1 and len(read_rows(tmp_path / "out" / "predictions.jsonl")) == 24
     assert same_results(tmp_path / "out", undisturbed)
