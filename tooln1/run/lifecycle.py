@@ -76,7 +76,7 @@ def finish_step(run: Run, metrics: Metrics, replies: list[dict]) -> None:
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Greedy figures, as eval.py has them: "heldout_accuracy" (the binary reward), and eval_bench's totals by name."""
+    """Greedy accuracies, as in eval.py: "heldout_accuracy" (the binary reward), and eval_bench's totals by name."""
     generation = GenerationConfig(think=run.config.think, max_reply_tokens=run.config.max_reply_tokens)
     stop, found = {"should_stop": run.request.asked, "check": run.request.check}, {}
     for benchmark in run.benches:
