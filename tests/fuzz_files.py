@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tiny
 
-from tooln1.benchmarks.runner import failures, held_out_bench, match_predictions, score_bench, summarise
+from tooln1.benchmarks.runner import failures, held_out_benchmark, match_predictions, score_predictions, summarise
 from tooln1.data import read_examples, write_examples
 from tooln1.io.errors import UserError
 from tooln1.io.jsonl import read_rows
@@ -255,11 +255,11 @@ def mutated_file(rng: random.Random, kind: str) -> bytes:
 def use_rows(kind: str, path: Path, tokenizer: Tokenizer, rng: random.Random) -> None:
     """Read the file, and do with its rows what training and evaluation do."""
     if kind == "prediction":
-        benches = [held_out_bench("held out", tiny.examples(3))]
-        predictions = match_predictions(read_rows(path), benches)
-        scored = score_bench(benches[0], predictions, min(predictions.samples, 3), True)
-        json.dumps(summarise(benches[0], scored))
-        for row in failures(benches[0], scored):
+        benchmark = held_out_benchmark("held out", tiny.examples(3))
+        found, _ = match_predictions(read_rows(path), [benchmark])
+        scored = score_predictions(benchmark, {key: found[key] for key in found if key[2] < 3}, True)
+        json.dumps(summarise(benchmark, scored))
+        for row in failures(benchmark, scored):
             to_json(row).encode()
         return
     if kind == "sft":

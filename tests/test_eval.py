@@ -1,11 +1,10 @@
-"""eval.py with a model: killed and sampled runs, one process and two, a base model, and the figures of train.py.
+"""eval.py with a model: resumed and sampled runs, one process and two, a base model, and the numbers of train.py.
 
-The model of these tests is random, but five of its tokens are whole replies, and only they and the specials
-have weight in its head: so some of its greedy answers are right, some wrong, and which depends on the prompt.
+The model of these tests is random, but five of its tokens are complete replies, and only they and the special tokens
+have weight in its head: some of its greedy answers are right and some wrong, depending on the prompt.
 """
 
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -16,32 +15,22 @@ import pytest
 import tiny
 import tokenizers
 import torch
-from test_evaluation import (
-    ONE,
-    REPLIES,
-    TWO,
-    evaluate,
-    example,
-    exit_code,
-    results,
-    rows_of,
-    words_of,
-    write_rows,
-)
+from tiny import read_rows, run_eval
 
-from tooln1.benchmarks import examples as examples_benchmark
-from tooln1.benchmarks import runner as evaluation
-from tooln1.benchmarks.runner import load_benches
+from tooln1.benchmarks.examples import score
+from tooln1.benchmarks.runner import GenerationConfig, load_benchmarks
 from tooln1.data import write_examples
 from tooln1.distributed import World
 from tooln1.model import load_model, save_model
+from tooln1.prompt import format_reply
 from tooln1.run import lifecycle, setup
-from tooln1.run.metrics import JsonlLog
 from tooln1.sampler.sampler import Sampler
 from tooln1.settings import Config
 from tooln1.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ONE, TWO = {"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 2}}
+ANSWERS = [[ONE], [TWO], [ONE, TWO]]
+REPLIES = [*(format_reply(answer, "t") for answer in ANSWERS), format_reply([ONE]), "<think>t</think> Nothing fits."]
 
 
 @pytest.fixture(scope="module")
@@ -61,286 +50,154 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """24 examples of two sources whose answers are among the model's replies."""
-    file = tmp_path_factory.mktemp("data") / "examples.jsonl"
-    answers = [[ONE], [TWO], [ONE, TWO]]
+    """24 examples whose answers are among the model's replies."""
     rows = [
-        example(f"e{i}", ("north", "south")[i % 2], answers[i % 3], f"Add {i * i * 7} " * (1 + i % 4))
-        for i in range(24)
+        tiny.Example(f"e{i}", "s", "You add.\n", [{"name": "add"}], [{"role": "user", "content": text}], ANSWERS[i % 3])
+        for i, text in enumerate(f"Add {i * i * 7} " * (1 + i % 4) for i in range(24))
     ]
+    file = tmp_path_factory.mktemp("data") / "examples.jsonl"
     write_examples(rows, file)
     return file
 
 
-def arguments_for(model: Path, data: Path, out: Path) -> list:
+def arguments(model: Path, data: Path, out: Path, rows: int = 2) -> list:
     where = ["--bench", f"examples={data}", "--model", model, "--out", out]
-    return [*where, "--max-reply-tokens", 3, "--rows", 8, "--device", "cpu"]
+    return [*where, "--max-reply-tokens", 3, "--rows", rows, "--device", "cpu"]  # chunks of 4 * rows replies
 
 
 @pytest.fixture(scope="module")
-def whole(model, data, tmp_path_factory) -> Path:
-    """The folder of a run that nobody interrupted."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    evaluate(*arguments_for(model, data, out))
+def undisturbed(model, data, tmp_path_factory) -> Path:
+    """The --out directory of a run that was not interrupted."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert run_eval(*arguments(model, data, out)) == 0
     return out
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[list[list[int]]]:
-    """The prompts of each call of the sampler."""
+def calls(monkeypatch) -> list[dict]:
+    """For each call of the sampler: prompt -> its max_new_tokens."""
     calls, generate = [], Sampler.generate
 
-    def noted(self, prompts, *args, **how):
-        calls.append(prompts)
-        return generate(self, prompts, *args, **how)
+    def noted(self, prompts, max_new_tokens, **how):
+        calls.append(dict(zip(map(tuple, prompts), max_new_tokens, strict=True)))
+        return generate(self, prompts, max_new_tokens=max_new_tokens, **how)
 
     monkeypatch.setattr(Sampler, "generate", noted)
     return calls
 
 
-@pytest.mark.parametrize("think", [True, False])
-def test_the_score_is_the_one_that_train_prints(model, data, tmp_path, capsys, asked, think):
-    paths = {"model": model, "train_data": data, "eval_data": data, "run_dir": tmp_path / "run"}
-    paths = {name: str(path) for name, path in paths.items()}
-    config = Config(
-        **paths,
-        max_reply_tokens=3,
-        think=think,
-        steps=1,
-        eval_bench=f"examples={data}",
-        prompts_per_step=4,
-        prompts_per_minibatch=4,
-    )
-    world = World(0, 1, torch.device("cpu"))
-    run = setup.build(config, world, *setup.prepare(config, world, None), lambda doing: None)
-    figures = lifecycle.evaluate(run)
-    accuracy = figures["heldout_accuracy"]
-    assert 0 < accuracy < 1 and figures == {"heldout_accuracy": accuracy, "examples_overall": accuracy}
-    save_model(run.sampler.model, tmp_path / "hf")  # as train.py does at the end
-    evaluate(*arguments_for(tmp_path / "hf", data, tmp_path / "out"), *([] if think else ["--no-think"]))
-    overall = results(tmp_path / "out")["benchmarks"]["examples"]["totals"]["overall"]
-    assert overall["accuracy"] == accuracy and overall["right"] == round(24 * accuracy)
-    assert f"overall {accuracy:.3f} {overall['right']}/24" in words_of(capsys.readouterr().out)
-    by_train, by_train_too, by_eval = asked
-    assert by_train == by_train_too == by_eval
-
-
-def test_the_released_wording_is_an_option(model, data, tmp_path, asked):
-    evaluate(*arguments_for(model, data, tmp_path / "out"), "--prompt", "released", "--limit", 2)
-    text = load_tokenizer(model).decode(asked[0][0])
-    assert "please make tool_calls an empty list <tool_call>[]</tool_call>" in text
-
-
-def cut_copy(whole: Path, folder: Path, lines: int) -> Path:
-    """A run killed while it wrote the line after `lines`."""
-    folder.mkdir()
-    (folder / "settings.json").write_bytes((whole / "settings.json").read_bytes())
-    written = (whole / "predictions.jsonl").read_bytes().splitlines(keepends=True)
-    (folder / "predictions.jsonl").write_bytes(b"".join(written[:lines]) + written[lines][:20])
-    return folder
+def overall(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())["benchmarks"]["examples"]["totals"]["overall"]
 
 
 def same_results(left: Path, right: Path) -> bool:
-    names = ("results.json", "failures.jsonl")
-    return all((left / name).read_bytes() == (right / name).read_bytes() for name in names)
+    summaries = [json.loads((out / "results.json").read_text())["benchmarks"] for out in (left, right)]
+    return summaries[0] == summaries[1] and read_rows(left / "failures.jsonl") == read_rows(right / "failures.jsonl")
 
 
-def test_a_killed_run_goes_on_where_it_stopped(model, data, whole, tmp_path, asked):
-    out = cut_copy(whole, tmp_path / "out", 5)
-    before = rows_of(whole / "predictions.jsonl")
-    evaluate(*arguments_for(model, data, out))
-    assert [*map(len, asked)] == [19]
-    rows = rows_of(out / "predictions.jsonl")
-    assert rows[:5] == before[:5]
-    assert sorted(row["id"] for row in rows) == sorted(f"e{i}" for i in range(24))
-    assert same_results(out, whole)
-    asked.clear()
-    evaluate(*arguments_for(model, data, out))  # once more: nothing is left to do
-    assert asked == [] and rows_of(out / "predictions.jsonl") == rows and same_results(out, whole)
+@pytest.mark.parametrize("think", [True, False])
+def test_the_score_is_the_one_that_train_logs(model, data, tmp_path, calls, think):
+    paths = {"model": model, "train_data": data, "eval_data": data, "run_dir": tmp_path / "run"}
+    paths = {name: str(path) for name, path in paths.items()} | {"eval_bench": f"examples={data}"}
+    sizes = {"max_reply_tokens": 3, "prompts_per_step": 4, "prompts_per_minibatch": 4, "steps": 1}
+    config, world = Config(**paths, **sizes, think=think), World(0, 1, torch.device("cpu"))
+    run = setup.build(config, world, *setup.prepare(config, world, None), lambda doing: None)
+    metrics = lifecycle.evaluate(run)
+    accuracy = metrics["heldout_accuracy"]
+    assert 0 < accuracy < 1 and metrics == {"heldout_accuracy": accuracy, "examples_overall": accuracy}
+    assert run_eval(*arguments(model, data, tmp_path / "out", rows=8), *([] if think else ["--no-think"])) == 0
+    assert overall(tmp_path / "out") == {"accuracy": accuracy, "right": round(24 * accuracy), "replies": 24}
+    assert calls[0] == calls[1] == calls[2]
 
 
-def test_every_reply_that_ended_before_a_kill_is_kept(model, data, whole, tmp_path, asked, monkeypatch):
-    left, append = [7], JsonlLog.append
-
-    def killed(log, row):
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        append(log, row)
-
-    monkeypatch.setattr(JsonlLog, "append", killed)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(*arguments_for(model, data, tmp_path / "out"))
-    assert len(rows_of(tmp_path / "out" / "predictions.jsonl")) == 7
-    monkeypatch.setattr(JsonlLog, "append", append)
-    evaluate(*arguments_for(model, data, tmp_path / "out"))
-    assert [*map(len, asked)] == [24, 17] and same_results(tmp_path / "out", whole)
+def test_a_killed_run_goes_on_after_its_last_chunk(model, data, undisturbed, tmp_path, calls, monkeypatch):
+    """24 cases are three chunks of 8; the second call of the sampler is interrupted."""
+    generate, out = Sampler.generate, tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "generate", lambda *args, **how: 1 / 0 if calls else generate(*args, **how))
+        with pytest.raises(ZeroDivisionError):
+            run_eval(*arguments(model, data, out))
+    assert read_rows(out / "predictions.jsonl") == read_rows(undisturbed / "predictions.jsonl")[:8]
+    assert run_eval(*arguments(model, data, out)) == 0
+    assert [*map(len, calls)] == [8, 8, 8] and same_results(out, undisturbed)
+    shutil.copytree(model, tmp_path / "moved")  # paths may change; and now nothing is left to do
+    assert run_eval(*arguments(tmp_path / "moved", data, out)) == 0
+    assert len(calls) == 3 and same_results(out, undisturbed)
 
 
-def test_what_other_ranks_wrote_before_a_kill_is_kept_once(model, data, whole, tmp_path, asked):
-    """Killed while rank 1's lines were moved: one of them stands in both files; the last one is cut off."""
-    out = cut_copy(whole, tmp_path / "out", 9)
-    written = (whole / "predictions.jsonl").read_bytes().splitlines(keepends=True)
-    (out / "predictions.rank1.jsonl").write_bytes(b"".join(written[8:14]) + written[14][:30])
-    (out / "predictions.rank2.jsonl").write_bytes(written[20])
-    evaluate(*arguments_for(model, data, out))
-    assert [*map(len, asked)] == [24 - 9 - 5 - 1]
-    rows = rows_of(out / "predictions.jsonl")
-    assert len(rows) == len({row["id"] for row in rows}) == 24
-    assert same_results(out, whole) and not list(out.glob("*rank*"))
-
-
-def test_the_bar_shows_the_accuracy_so_far(model, data, whole, tmp_path, monkeypatch):
-    class Bar:
-        def __init__(self, *about):
-            self.count, self.said = 0, []
-            bars.append(self)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def update(self, count):
-            self.count += count
-
-        def set_postfix_str(self, text, refresh):
-            self.said.append(text)
-
-    bars: list[Bar] = []
-    monkeypatch.setattr(evaluation, "progress", Bar)
-    evaluate(*arguments_for(model, data, tmp_path / "out"))
-    evaluate(*arguments_for(model, data, cut_copy(whole, tmp_path / "cut", 5)))
-    oks = {row["id"] for row in rows_of(whole / "failures.jsonl")}
-    right = [row["id"] not in oks for row in rows_of(tmp_path / "out" / "predictions.jsonl")]
-    assert bars[0].said == [f"accuracy {sum(right[:n]) / n:.3f}" for n in range(1, 25)]
-    assert [bar.count for bar in bars] == [24, 24] and bars[1].said[-1] == bars[0].said[-1] != bars[0].said[0]
-
-
-def test_prompts_beyond_the_context_are_a_fault_of_their_own(model, data, tmp_path, asked, monkeypatch, capsys):
-    tokenizer, lengths = load_tokenizer(model), {}
-    for case in load_benches([f"examples={data}"])[0].cases:
-        text = tokenizer.render(evaluation.GenerationConfig().messages(case), add_generation_prompt=True)
-        lengths[case.id] = len(tokenizer.encode(text))
-    context = sorted(lengths.values())[12]
-    short = tmp_path / "short"
-    shutil.copytree(model, short)
-    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": context}
-    (short / "config.json").write_text(json.dumps(config))
-    caps, sample = [], evaluation.generate_distributed
-    noted = lambda *words, **how: caps.extend(how["max_new_tokens"]) or sample(*words, **how)  # noqa: E731
-    monkeypatch.setattr(evaluation, "generate_distributed", noted)
-    out = tmp_path / "out"
-    evaluate(*arguments_for(short, data, out), "--max-reply-tokens", 4096)
-    assert caps == [context - len(prompt) for prompt in asked[0]]
-    too_long = {name for name, length in lengths.items() if length >= context}
-    assert 0 < len(too_long) < 24 and [*map(len, asked)] == [24 - len(too_long)]
-    rows = {row["id"]: row for row in rows_of(out / "predictions.jsonl")}
-    assert {name for name, row in rows.items() if not row["asked"]} == too_long
-    faults = [row["id"] for row in rows_of(out / "failures.jsonl") if row["why"] == "prompt_too_long"]
-    assert set(faults) == too_long and len(faults) == len(too_long)
-    assert f"context cannot hold the prompt: {len(too_long)} replies" in words_of(capsys.readouterr().out)
-    evaluate(*arguments_for(short, data, out), "--max-reply-tokens", 4096)
-    assert len(asked) == 1  # they are not looked at again
-    where = ["--bench", f"examples={data}", "--predictions", out / "predictions.jsonl", "--out", tmp_path / "again"]
-    evaluate(*where)
-    benchmarks = [results(folder)["benchmarks"] for folder in (out, tmp_path / "again")]
-    assert benchmarks[0] == benchmarks[1]
-
-
-def test_a_base_model_is_asked_the_same_and_stands_beside(model, data, whole, tmp_path, asked, capsys):
-    weights = load_model(model)
-    with torch.no_grad():
-        weights.model.norm.weight.mul_(-1)
-    save_model(weights, tmp_path / "base_model")
-    alone = ["--prompt", "released", "--out", tmp_path / "alone"]
-    evaluate(*arguments_for(tmp_path / "base_model", data, tmp_path), *alone)
-    capsys.readouterr()
-    beside = ["--prompt", "released", "--base-model", tmp_path / "base_model"]
-    evaluate(*arguments_for(model, data, tmp_path / "out"), *beside)
-    assert asked[1] == asked[2] == asked[0]
-    assert same_results(tmp_path / "out" / "base", tmp_path / "alone")
-    ours, base = (results(tmp_path / "out" / name)["benchmarks"]["examples"] for name in ("", "base"))
-    ours, base = (100 * result["totals"]["overall"]["accuracy"] for result in (ours, base))
-    printed = words_of(capsys.readouterr().out)
-    assert ours != base and f"model/parrot {ours:.2f} base: " in printed and f"base_model {base:.2f} " in printed
-
-
-def test_a_limited_run_goes_on_without_the_limit(model, data, whole, tmp_path, asked):
-    out = tmp_path / "out"
-    evaluate(*arguments_for(model, data, out), "--limit", 6)
-    partial = results(out)
-    assert not partial["complete"] and partial["benchmarks"]["examples"]["totals"]["overall"]["replies"] == 6
-    evaluate(*arguments_for(model, data, out), "--rows", 20)
-    assert [*map(len, asked)] == [6, 18] and same_results(out, whole)
-
-
-def test_other_settings_or_another_model_do_not_mix(model, data, whole, tmp_path, capsys):
-    before = (whole / "predictions.jsonl").read_bytes()
-    usual = arguments_for(model, data, whole)
+def test_other_settings_or_another_model_are_refused(model, data, undisturbed, tmp_path, capsys):
+    usual = arguments(model, data, undisturbed)
     weights = load_model(model)
     with torch.no_grad():
         weights.model.norm.weight[3] += 1e-3
     save_model(weights, tmp_path / "other")
-    fewer = write_rows(tmp_path / "fewer.jsonl", rows_of(data)[1:])
+    fewer = tiny.write_rows(tmp_path / "fewer.jsonl", read_rows(data)[1:])
+    replies = tiny.write_rows(tmp_path / "replies.jsonl", [{"id": "e0", "completion": ""}])
     for changed, words in (
         ([*usual, "--temperature", 0.5], "temperature was 0.0 and is 0.5"),
-        ([*usual, "--no-think"], "think was True and is False"),
-        ([*usual, "--max-reply-tokens", 4], "max_reply_tokens was 3 and is 4"),
         ([*usual, "--prompt", "released"], "prompt was 'train' and is 'released'"),
-        (arguments_for(tmp_path / "other", data, whole), "model_fingerprint was"),
-        (arguments_for(model, fewer, whole), "prompts_of_examples was"),
+        (arguments(tmp_path / "other", data, undisturbed), "model_fingerprint was"),
+        (arguments(model, fewer, undisturbed), "prompts_fingerprint was"),
+        (["--bench", f"examples={data}", "--predictions", replies, "--out", undisturbed], "choose another --out"),
     ):
-        assert exit_code(*changed) == 2
-        error = capsys.readouterr().err
-        assert words in error and "Choose another --out, or remove" in error
-    assert (whole / "predictions.jsonl").read_bytes() == before
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "predictions.jsonl").write_bytes(before)
-    assert exit_code(*arguments_for(model, data, tmp_path / "bare")) == 2
-    assert "no settings.json beside them" in capsys.readouterr().err
+        assert run_eval(*changed) == 2
+        assert words in capsys.readouterr().err
 
 
-def test_paths_may_move(model, data, whole, tmp_path, asked):
-    out = cut_copy(whole, tmp_path / "out", 23)
-    (tmp_path / "model").symlink_to(model)
-    evaluate(*arguments_for(tmp_path / "model", data, out))
-    assert [*map(len, asked)] == [1]
+def test_prompts_beyond_the_context_are_a_fault_of_their_own(model, data, tmp_path, calls):
+    tokenizer, (loaded,) = load_tokenizer(model), load_benchmarks([f"examples={data}"])
+    lengths = {case.id: len(tokenizer.prompt_ids(GenerationConfig().messages(case))) for case in loaded.cases}
+    context = sorted(lengths.values())[12]
+    too_long = {name for name, length in lengths.items() if length >= context}
+    shutil.copytree(model, tmp_path / "short")
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": context}
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    for _ in range(2):  # the second time nothing is left to do
+        assert run_eval(*arguments(tmp_path / "short", data, out, rows=8), "--max-reply-tokens", 4096) == 0
+        assert 0 < len(too_long) < 24 and [*map(len, calls)] == [24 - len(too_long)]
+    assert all(max_new_tokens == context - len(prompt) for prompt, max_new_tokens in calls[0].items())
+    faults = [row["id"] for row in read_rows(out / "failures.jsonl") if row["why"] == "prompt_too_long"]
+    assert sorted(faults) == sorted(too_long)
+    again = ["--bench", f"examples={data}", "--predictions", out / "predictions.jsonl", "--out", tmp_path / "again"]
+    assert run_eval(*again) == 0 and same_results(out, tmp_path / "again")
 
 
-def test_samples_have_a_mean_and_a_spread_and_survive_a_kill(model, data, tmp_path, asked):
-    extra = ["--temperature", 2, "--samples", 3, "--seed", 5]
-    evaluate(*arguments_for(model, data, tmp_path / "out"), *extra)
-    rows = rows_of(tmp_path / "out" / "predictions.jsonl")
+def test_a_base_model_gets_the_same_prompts_and_its_own_row(model, data, tmp_path, calls, capsys):
+    weights = load_model(model)
+    with torch.no_grad():
+        weights.model.norm.weight.mul_(-1)
+    save_model(weights, tmp_path / "base_model")
+    out, options = tmp_path / "out", ["--prompt", "released", "--base-model", tmp_path / "base_model"]
+    assert run_eval(*arguments(model, data, out, rows=8), *options) == 0
+    assert calls[0] == calls[1]
+    assert "please make tool_calls an empty list" in load_tokenizer(model).decode(next(iter(calls[0])))
+    ours, base = (100 * overall(folder)["accuracy"] for folder in (out, out / "base"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert ours != base and f"model/parrot {ours:.2f} base: " in printed and f"base_model {base:.2f} " in printed
+
+
+def test_samples_have_a_mean_and_a_spread(model, data, tmp_path, calls):
+    extra, out = ["--temperature", 2, "--samples", 3, "--seed", 5], tmp_path / "out"
+    assert run_eval(*arguments(model, data, out, rows=6), *extra) == 0
+    assert [*map(len, calls)] == [8, 8, 8]  # chunks of 4 * 6 replies
+    rows, right = read_rows(out / "predictions.jsonl"), [0, 0, 0]
     assert len(rows) == 72 == len({(row["id"], row["sample"]) for row in rows})
-    right = [0, 0, 0]
-    for case in load_benches([f"examples={data}"])[0].cases:
-        for row in rows:
-            if row["id"] == case.id:
-                right[row["sample"]] += examples_benchmark.score(case, row["completion"]).ok
-    overall = results(tmp_path / "out")["benchmarks"]["examples"]["totals"]["overall"]
-    assert len(set(right)) > 1
-    assert overall["by_sample"] == [count / 24 for count in right]
-    assert overall["spread"] == pytest.approx(statistics.stdev(count / 24 for count in right))
-    assert (overall["right"], overall["replies"]) == (sum(right), 72)
-    asked.clear()
-    out = cut_copy(tmp_path / "out", tmp_path / "cut", 41)  # in the middle of several cases
-    evaluate(*arguments_for(model, data, out), *extra)
-    assert len(asked) == 1 and same_results(out, tmp_path / "out")
-    assert {*map(str, rows_of(out / "predictions.jsonl"))} == {*map(str, rows)}
-    assert len(rows_of(out / "predictions.jsonl")) == 72
-    extra[-1] = 6
-    evaluate(*arguments_for(model, data, tmp_path / "reseeded"), *extra)
-    assert rows_of(tmp_path / "reseeded" / "predictions.jsonl") != rows
+    cases = {case.id: case for case in load_benchmarks([f"examples={data}"])[0].cases}
+    for row in rows:
+        right[row["sample"]] += score(cases[row["id"]], row["completion"]).ok
+    assert len(set(right)) > 1 and overall(out)["by_sample"] == [count / 24 for count in right]
+    assert overall(out)["spread"] == pytest.approx(statistics.stdev(count / 24 for count in right))
+    for folder, seed in (("one_chunk", 5), ("reseeded", 6)):
+        assert run_eval(*arguments(model, data, tmp_path / folder, rows=18), *extra[:-1], seed) == 0
+        assert (read_rows(tmp_path / folder / "predictions.jsonl") == rows) == (seed == 5)
 
 
-def test_two_processes_write_the_same_results(model, data, whole, tmp_path):
+@pytest.mark.slow
+def test_two_processes_give_the_same_results(model, data, undisturbed, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "eval.py"]
-    command += map(str, arguments_for(model, data, tmp_path / "out"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    command += map(str, arguments(model, data, tmp_path / "out", rows=1))
+    run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("overall") == 1
-    assert len(rows_of(tmp_path / "out" / "predictions.jsonl")) == 24
-    assert same_results(tmp_path / "out", whole) and not list((tmp_path / "out").glob("*rank*"))
+    assert run.stdout.count("overall") == 1 and len(read_rows(tmp_path / "out" / "predictions.jsonl")) == 24
+    assert same_results(tmp_path / "out", undisturbed)

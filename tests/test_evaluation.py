@@ -1,266 +1,237 @@
-"""Scoring predictions, through eval.py: each fault by hand, mistakes to mend, several benchmarks."""
+"""Scoring predictions, through eval.py and by its functions; the table with the paper's rows."""
 
 import json
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from bfcl_fixtures import function, gold_calls, typed, write_category
+from conftest import shared
+from tiny import read_rows, run_eval, write_rows
 
-import eval as evaluation_script
-from tooln1.benchmarks import Case, Tally, Verdict, benchmark
-from tooln1.benchmarks import examples as examples_benchmark
-from tooln1.benchmarks.runner import Bench, load_benches, match_predictions, metrics_of, score_bench, summarise
-from tooln1.benchmarks.table import table
+from tooln1.benchmarks import Case, Tally, Verdict, bfcl, paper
+from tooln1.benchmarks import benchmark as benchmark_module
+from tooln1.benchmarks.runner import LoadedBenchmark, load_benchmarks, match_predictions, score_predictions, summarise
+from tooln1.benchmarks.runner import totals_by_log_name as log_totals
+from tooln1.benchmarks.table import comparison, report
 from tooln1.data import Example, write_examples
-from tooln1.io.errors import UserError, exit_on_user_error
+from tooln1.prompt import format_reply
 
 ONE, TWO = {"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 2}}
-REPLIES = [f"<think>t</think> <tool_call>{json.dumps(calls)}</tool_call>" for calls in ([ONE], [TWO], [ONE, TWO])] + [
-    f"<tool_call>{json.dumps([ONE])}</tool_call>",
-    "<think>t</think> Nothing fits.",
-]
-
-
-def evaluate(*arguments) -> None:
-    evaluation_script.main([*map(str, arguments)])
-
-
-def exit_code(*arguments) -> int:
-    try:
-        exit_on_user_error(lambda: evaluate(*arguments))
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def words_of(printed: str) -> str:
-    return " ".join(printed.split())
-
-
-def example(name: str, source: str, answer: list[dict], question: str = "Add.") -> Example:
-    messages = [{"role": "user", "content": question}]
-    return Example(name, source, "You add.\n", [{"name": "add"}], messages, answer)
-
-
 FAULTS = {
-    "none": REPLIES[0],
-    "no_call_block": "<think>t</think> I cannot.",
-    "bad_json": "<think>t</think> <tool_call>[{</tool_call>",
-    "bad_format": '<think>t</think> <tool_call>[{"name": "add"}]</tool_call>',
-    "no_think": REPLIES[3],
-    "wrong_count": REPLIES[2],
-    "wrong_names": '<think>t</think> <tool_call>[{"name": "sub", "arguments": {"a": 1}}]</tool_call>',
-    "wrong_arguments": REPLIES[1],
+    "none": format_reply([ONE], "t"),
+    "no_think": format_reply([ONE]),
+    "wrong_count": format_reply([ONE, TWO], "t"),
+    "wrong_arguments": format_reply([TWO], "t"),
 }
-
-
-@pytest.fixture
-def by_hand(tmp_path) -> SimpleNamespace:
-    """One example and prediction for each fault, and a second wrong_count; "none" has a source of its own."""
-    names = [*FAULTS, "wrong_count"]
-    ids = {f"{place}-{name}": name for place, name in enumerate(names)}
-    cases = [example(id_, "easy" if name == "none" else "hard", [ONE]) for id_, name in ids.items()]
-    write_examples(cases, tmp_path / "data.jsonl")
-    rows = [{"id": id_, "completion": FAULTS[name]} for id_, name in ids.items()]
-    file = write_rows(tmp_path / "replies.jsonl", rows)
-    arguments = ["--bench", f"examples={tmp_path / 'data.jsonl'}", "--out", tmp_path / "out"]
-    return SimpleNamespace(folder=tmp_path, out=tmp_path / "out", rows=rows, file=file, arguments=arguments)
 
 
 def results(out: Path) -> dict:
     return json.loads((out / "results.json").read_text())
 
 
-def test_each_fault_is_named_counted_and_listed(by_hand, capsys):
-    evaluate(*by_hand.arguments, "--predictions", by_hand.file)
-    result = results(by_hand.out)
-    assert result["complete"]
-    summary = result["benchmarks"]["examples"]
+def words(printed: str) -> str:
+    return " ".join(printed.split())
+
+
+def make_case(case_id: str, category: str = "C", answer=()) -> Case:
+    example = Example(case_id, category, "You add.\n", [{"name": "add"}], [{"role": "user", "content": "Add."}], answer)
+    return Case(case_id, category, example, list(answer))
+
+
+@pytest.fixture
+def by_hand(tmp_path) -> SimpleNamespace:
+    """One example and prediction for each fault, and a second wrong_count; "none" has a category of its own."""
+    ids = {f"{place}-{name}": name for place, name in enumerate([*FAULTS, "wrong_count"])}
+    cases = [make_case(case_id, "easy" if name == "none" else "hard", [ONE]) for case_id, name in ids.items()]
+    write_examples([case.example for case in cases], tmp_path / "data.jsonl")
+    rows = [{"id": case_id, "completion": FAULTS[name]} for case_id, name in ids.items()]
+    out, file = tmp_path / "out", tmp_path / "replies.jsonl"
+    where = ["--bench", f"examples={tmp_path / 'data.jsonl'}", "--out", out, "--predictions", file]
+
+    def run(rows: list[dict], *options, code=0) -> dict:
+        write_rows(file, rows)
+        assert run_eval(*where, *options) == code
+        return results(out)
+
+    return SimpleNamespace(out=out, rows=rows, run=run)
+
+
+def test_each_fault_is_named_counted_and_listed(by_hand):
+    summary = by_hand.run(by_hand.rows)["benchmarks"]["examples"]
     assert summary["categories"] == {
         "easy": {"accuracy": 1.0, "right": 1, "replies": 1},
-        "hard": {"accuracy": 0.0, "right": 0, "replies": 8},
+        "hard": {"accuracy": 0.0, "right": 0, "replies": 4},
     }
-    assert summary["totals"] == {"overall": {"accuracy": 1 / 9, "right": 1, "replies": 9}}
-    assert summary["faults"]["wrong_count"] == {"replies": 2, "share": 2 / 9}
-    assert list(summary["faults"])[0] == "wrong_count"  # the commonest first
-    counts = {why: fault["replies"] for why, fault in summary["faults"].items()}
-    assert counts == {**{why: 1 for why in FAULTS if why != "none"}, "wrong_count": 2}
-    failures = rows_of(by_hand.out / "failures.jsonl")
-    assert [row["id"] for row in failures][:2] == ["5-wrong_count", "8-wrong_count"]
+    assert summary["totals"] == {"overall": {"accuracy": 0.2, "right": 1, "replies": 5}}
+    counts = {name: fault["replies"] for name, fault in summary["faults"].items()}
+    assert counts == {"wrong_count": 2, "no_think": 1, "wrong_arguments": 1}
+    failures = read_rows(by_hand.out / "failures.jsonl")
+    assert [row["why"] for row in failures] == ["no_think", "wrong_arguments", "wrong_count", "wrong_count"]
     assert all(row["id"][2:] == row["why"] and row["completion"] == FAULTS[row["why"]] for row in failures)
-    assert len(failures) == 8 and failures[0]["answer"] == [ONE]
-    printed = capsys.readouterr().out
-    for line in ("easy 1.000 1/1", "hard 0.000 0/8", "overall 0.111 1/9", "wrong_count 0.222 2"):
-        assert line in words_of(printed)
+    assert by_hand.run(by_hand.rows, "--no-think")["benchmarks"]["examples"]["totals"]["overall"]["right"] == 2
 
 
-def test_without_thinking_a_missing_thought_is_right(by_hand):
-    evaluate(*by_hand.arguments, "--predictions", by_hand.file, "--no-think")
-    assert results(by_hand.out)["benchmarks"]["examples"]["totals"]["overall"]["right"] == 2
-
-
-def test_what_makes_the_score_wrong_is_named_and_changes_the_exit_code(by_hand, capsys):
+def test_missing_and_conflicting_predictions_are_wrong_and_change_the_exit_code(by_hand):
     first, second, third, *rest = by_hand.rows
-    other = {"id": "other", "completion": ""}
-    rows = [first, first, second, {**second, "completion": REPLIES[0]}, *rest, other]
-    file = write_rows(by_hand.folder / "problems.jsonl", rows)
-    assert exit_code(*by_hand.arguments, "--predictions", file) == 1
-    result = results(by_hand.out)
-    assert not result["complete"]
-    assert result["problems"] == {
-        "no_prediction": [third["id"]],
-        "conflicting_predictions": [second["id"]],
-        "missing_categories": [],
-        "repeated_predictions": [first["id"]],
-        "unknown_ids": ["other"],
-    }
+    conflict = [second, {**second, "completion": FAULTS["none"]}, second]
+    result = by_hand.run([first, *conflict, *rest], code=1)["benchmarks"]["examples"]
+    assert not result["valid"] and result["totals"]["overall"]["right"] == 1
+    whys = {row["id"]: row["why"] for row in read_rows(by_hand.out / "failures.jsonl")}
+    assert (whys[second["id"]], whys[third["id"]]) == ("conflicting_predictions", "no_prediction")
+
+
+def test_a_limit_a_repeated_row_or_an_unknown_id_leaves_the_score_valid(by_hand, capsys):
+    result = by_hand.run([*by_hand.rows, by_hand.rows[0], {"id": "x", "completion": ""}], "--limit", 4)
+    assert result["unknown_ids"] == ["x"]
     summary = result["benchmarks"]["examples"]
-    assert summary["totals"]["overall"] == {"accuracy": 1 / 9, "right": 1, "replies": 9}
-    assert summary["faults"]["no_prediction"] == {"replies": 1, "share": 1 / 9}
-    assert summary["faults"]["conflicting_predictions"]["replies"] == 1
-    errors = capsys.readouterr().err
-    assert "without a prediction, counted as wrong: 1 (2-bad_json)" in errors
-    assert "no case has, left out: 1 (other)" in errors
+    assert summary["valid"] and summary["totals"]["overall"] == {"accuracy": 0.25, "right": 1, "replies": 4}
+    printed = capsys.readouterr().out
+    assert "4 of 5 cases" in printed and "IGNORED: 1 predictions with an id that no case has, such as 'x'" in printed
+    assert "overall 0.250 1/4" in words(printed) and "wrong_count 0.250 1" in words(printed)
 
 
-def test_a_repeated_line_or_an_unknown_id_leaves_the_score_right(by_hand):
-    rows = [*by_hand.rows, by_hand.rows[0], {"id": "x", "completion": ""}]
-    file = write_rows(by_hand.folder / "more.jsonl", rows)
-    assert exit_code(*by_hand.arguments, "--predictions", file) == 0
-    assert results(by_hand.out)["complete"]
+def make_benchmark(ids: str, score, totals, name="fake") -> LoadedBenchmark:
+    cases = [make_case(case_id, case_id) for case_id in ids]
+    return LoadedBenchmark(name, f"{name}.jsonl", SimpleNamespace(score=score, totals=totals), cases, cases)
 
 
-def test_a_limit_marks_the_results_as_partial(by_hand, capsys):
-    file = write_rows(by_hand.folder / "few.jsonl", by_hand.rows[:5])
-    assert exit_code(*by_hand.arguments, "--predictions", file, "--limit", 4) == 0
-    result = results(by_hand.out)
-    assert not result["complete"] and result["problems"]["unknown_ids"] == []
-    overall = result["benchmarks"]["examples"]["totals"]["overall"]
-    assert overall == {"accuracy": 0.25, "right": 1, "replies": 4}
-    assert "PARTIAL: 4 of 9 cases (--limit" in capsys.readouterr().out
-
-
-def test_predictions_of_another_origin_are_kept_out_of_a_models_folder(by_hand, capsys):
-    by_hand.out.mkdir()
-    own = write_rows(by_hand.out / "predictions.jsonl", by_hand.rows)
-    assert exit_code(*by_hand.arguments, "--predictions", by_hand.file) == 2
-    assert "holds other predictions; choose another --out" in capsys.readouterr().err
-    assert exit_code(*by_hand.arguments, "--predictions", own) == 0
-
-
-# ---------------------------------------------------------------------------------------- several benchmarks
-
-
-def make_bench(name: str, ids: str, rules=examples_benchmark) -> Bench:
-    cases = [Case(id_, id_, example(id_, id_, []), []) for id_ in ids]
-    return Bench(name, f"{name}.jsonl", rules, cases, cases)
-
-
-def test_an_id_of_two_benchmarks_needs_to_say_which():
-    benches = [make_bench("left", "ab"), make_bench("right", "bc")]
-
-    def matched(*rows: dict):
-        return match_predictions([("f, line 1", {"completion": "x", **row}) for row in rows], benches)
-
-    assert list(matched({"id": "a"}, {"id": "c"}).found) == [("left", "a", 0), ("right", "c", 0)]
-    with pytest.raises(UserError, match="left and right have a case 'b'; say with \"bench\""):
-        matched({"id": "b"})
-    assert list(matched({"id": "b", "bench": "right"}).found) == [("right", "b", 0)]
-    assert matched({"id": "a", "bench": "third"}).unknown == ["a"]
-
-
-def test_a_benchmark_is_named_once(by_hand):
-    path = by_hand.arguments[1]
-    with pytest.raises(UserError, match="names examples twice"):
-        load_benches([path, path])
-    assert benchmark("examples") is examples_benchmark
+def test_bench_tells_an_id_of_two_benchmarks_apart():
+    both = [make_benchmark(ids, None, None, name) for name, ids in (("left", "ab"), ("right", "bc"))]
+    rows = [{"id": "a"}, {"id": "b"}, {"id": "b", "bench": "right"}, {"id": "a", "bench": "third"}]
+    found, unknown_ids = match_predictions([("f, line 1", row | {"completion": "x"}) for row in rows], both)
+    assert list(found) == [("left", "a", 0), ("left", "b", 0), ("right", "b", 0)] and unknown_ids == ["a"]
 
 
 def test_a_total_may_be_a_mean_of_means():
-    """As BFCL's are: then it has no counts, and over samples it has a mean and a spread all the same."""
-
-    class Rules:
-        @staticmethod
-        def score(case, completion, think=True):
-            return Verdict(completion == "yes", "" if completion == "yes" else "no")
-
-        @staticmethod
-        def totals(by_category: dict[str, Tally]) -> dict[str, float]:
-            return {"mean": sum(tally.accuracy for tally in by_category.values()) / len(by_category)}
-
-    bench = make_bench("fake", "abc", Rules)
-    first, second, third = bench.cases
-    bench = replace(bench, chosen=[replace(first, category="X"), replace(second, category="X"), third])
+    """As BFCL's are: then it has no counts, but over samples a mean and a spread."""
+    fake = make_benchmark(
+        "abc",
+        lambda case, completion, think: Verdict(completion == "yes", "" if completion == "yes" else "no"),
+        lambda rows: {"mean": sum(tally.accuracy for tally in rows.values()) / len(rows)},
+    )
+    fake.chosen[:] = [make_case("a", "X"), make_case("b", "X"), fake.chosen[2]]
     said = {("a", 0): "yes", ("b", 0): "no", ("c", 0): "yes", ("a", 1): "no", ("b", 1): "no", ("c", 1): "yes"}
-    rows = [("w", {"id": id_, "sample": sample, "completion": text}) for (id_, sample), text in said.items()]
-    predictions = match_predictions(rows, [bench])
-    result = summarise(bench, score_bench(bench, predictions, predictions.samples, True))
+    rows = [("w", {"id": name, "sample": sample, "completion": text}) for (name, sample), text in said.items()]
+    result = summarise(fake, score_predictions(fake, match_predictions(rows, [fake])[0], True))
     spread = statistics.stdev([0.75, 0.5])
     assert result["totals"]["mean"] == {"accuracy": 0.625, "spread": spread, "by_sample": [0.75, 0.5]}
-    over_samples = {"accuracy": 0.25, "spread": statistics.stdev([0.5, 0.0]), "by_sample": [0.5, 0.0]}
-    assert result["categories"]["X"] == {**over_samples, "right": 1, "replies": 4}
-    assert table("fake", result).splitlines() == [
-        "fake: 3 cases of fake.jsonl",
-        "mean ± standard deviation over 2 samples",
-        "",
-        "  category       accuracy  right",
-        "  X         0.250 ± 0.354    1/4",
-        "  c         1.000 ± 0.000    2/2",
-        "  mean      0.625 ± 0.177",
-        "",
-        "  fault  share  replies",
-        "  no     0.500        3",
-    ]
+    full = {"benchmarks": {"fake": result | {"notes": []}}, "unknown_ids": []}
+    lines = report({"ours": full}).splitlines()
+    assert lines[:2] == ["fake: 3 of 3 cases of fake.jsonl", "mean ± standard deviation over 2 samples"]
+    assert "  X         0.250 ± 0.354    1/4" in lines and "  mean      0.625 ± 0.177" in lines
 
 
-def test_other_rules_have_rows_of_their_own_and_faults_count_for_them_too():
-    class Rules:
-        @staticmethod
-        def score(case: Case, completion: str, think: bool) -> Verdict:
-            return Verdict(completion == "yes", "no", {"lax": completion in ("yes", "maybe")})
-
-        @staticmethod
-        def totals(by_category: dict[str, Tally]) -> dict[str, Tally]:
-            return {"all, lax": by_category["C, lax"], "all": by_category["C"]}
-
-    bench = make_bench("fake", "abcd", Rules)
-    bench = replace(bench, chosen=[replace(case, category="C") for case in bench.cases])
-    rows = [("w", {"id": id_, "completion": text}) for id_, text in zip("abc", ("yes", "maybe", "no"), strict=True)]
-    predictions = match_predictions(rows, [bench])
-    result = summarise(bench, score_bench(bench, predictions, 1, True))
-    counts = {label: (figure["right"], figure["replies"]) for label, figure in result["categories"].items()}
-    assert counts == {"C": (1, 4), "C, lax": (2, 4)}
-    assert list(result["totals"]) == ["all, lax", "all"]
+def test_other_rules_have_rows_of_their_own_and_missing_predictions_count_there_too():
+    fake = make_benchmark(
+        "abcd",
+        lambda case, text, think: Verdict(text == "yes", "no", {"lax": text in ("yes", "maybe")}),
+        lambda rows: {"all, lax": rows["C, lax"], "all": rows["C"]},
+    )
+    fake.chosen[:] = [make_case(case.id) for case in fake.cases]
+    rows = [("w", {"id": name, "completion": text}) for name, text in zip("abc", ("yes", "maybe", "no"), strict=True)]
+    found, _ = match_predictions(rows, [fake])
+    result = summarise(fake, score_predictions(fake, found, True))
+    assert {name: row["right"] for name, row in result["categories"].items()} == {"C": 1, "C, lax": 2}
     assert {why: fault["replies"] for why, fault in result["faults"].items()} == {"no": 2, "no_prediction": 1}
-    assert metrics_of(bench, predictions.found, True) == {"fake_all_lax": 0.5, "fake_all": 0.25}
-    assert metrics_of(bench, {}, True) == {"fake_all_lax": 0.0, "fake_all": 0.0}
+    assert log_totals(fake, found, True) == {"fake_all_lax": 0.5, "fake_all": 0.25}
+    assert log_totals(fake, {}, True) == {"fake_all_lax": 0.0, "fake_all": 0.0}
 
 
-def test_a_prompt_that_was_not_asked_is_wrong_even_where_silence_is_right():
-    class Rules:
-        @staticmethod
-        def score(case: Case, completion: str, think: bool) -> Verdict:
-            return Verdict(completion == "", "spoke")
-
-    bench = make_bench("fake", "ab", Rules)
-    rows = [("w", {"id": "a", "completion": ""}), ("w", {"id": "b", "completion": "", "asked": False})]
-    scored = score_bench(bench, match_predictions(rows, [bench]), 1, True)
-    assert [row.verdict for row in scored] == [Verdict(True, "spoke"), Verdict(False, "prompt_too_long")]
+RIGHT, WRONG = format_reply([{"name": "f", "arguments": {"a": 1}}]), format_reply([])
 
 
-def test_bench_may_be_given_once_or_for_each(by_hand):
-    from eval import parse
+@pytest.fixture
+def small_bfcl(tmp_path) -> SimpleNamespace:
+    """Three categories; three entries that changed since the paper, all answered wrongly, and one nobody can win."""
+    data, functions = tmp_path / "data", [function(required=["a"], a=typed("integer"))]
+    gold = [{"f": {"a": [1]}}]
+    write_category(data, "simple_python", functions, gold, ["simple_python_1", "simple_python_363"])
+    write_category(data, "live_simple", functions, gold, ["live_simple_106-63-0"])
+    write_category(data, "irrelevance", functions, ids=[f"irrelevance_{number}" for number in (7, 8, 232)])
+    rows = []
+    for case in load_benchmarks([f"bfcl={data}"])[0].cases:
+        right = (case.category == "irrelevance") == (case.id in bfcl.CHANGED_SINCE_PAPER)
+        rows.append({"id": case.id, "completion": RIGHT if right else WRONG})
+    file = write_rows(tmp_path / "replies.jsonl", rows)
+    arguments = ["--bench", f"bfcl={data}", "--predictions", file, "--out", tmp_path / "out"]
+    return SimpleNamespace(arguments=arguments, out=tmp_path / "out", file=file, rows=rows)
 
-    options = parse(["--bench", "examples=a", "--bench", "bfcl=b", "acebench=c", "--predictions", "f", "--out", "o"])
-    assert options.bench == ["examples=a", "bfcl=b", "acebench=c"]
+
+@pytest.mark.parametrize(
+    ("option", "simple", "irrelevance"),
+    [("all", (1, 2), (1, 3)), ("leave-out", (1, 1), (1, 1)), ("only", (0, 1), (0, 2))],
+)
+def test_entries_changed_since_the_paper_can_be_chosen(small_bfcl, capsys, option, simple, irrelevance):
+    assert run_eval(*small_bfcl.arguments, "--bfcl-changed", option) == 1  # categories are missing
+    result = results(small_bfcl.out)["benchmarks"]["bfcl"]
+    counts = {name: (row["right"], row["replies"]) for name, row in result["categories"].items()}
+    assert (counts["simple_python"], counts["irrelevance"]) == (simple, irrelevance)
+    assert ("live_simple" in counts) == (option != "only") and "overall" not in result["totals"]
+    printed = words(capsys.readouterr().out)
+    assert "MISSING in the data, with the totals that need them: simple_java" in printed
+    assert ("3 of these cases changed after the paper's date" in printed) == (option != "leave-out")
+    assert ("No answer is counted as right in 1 of these" in printed) == (option != "only")
+
+
+def test_replies_are_exported_for_the_official_command(small_bfcl, capsys, tmp_path):
+    rows = [*small_bfcl.rows[1:], {**small_bfcl.rows[2], "completion": "other"}]  # one missing, one conflicting
+    rows[0] |= {"fault": "prompt_too_long"}
+    write_rows(small_bfcl.file, rows)
+    assert run_eval(*small_bfcl.arguments, "--export-bfcl", tmp_path / "export") == 1
+    written = {row["id"]: row["result"] for path in (tmp_path / "export").rglob("*.json") for row in read_rows(path)}
+    call = '[{"name": "f", "arguments": {"a": 1}}]'
+    assert written == {"irrelevance_8": "[]", "irrelevance_232": call, "live_simple_106-63-0": call}
+    printed = capsys.readouterr().out
+    assert f"bfcl evaluate --result-dir {tmp_path / 'export'} --model" in printed and "--partial-eval\n" in printed
+
+
+@pytest.mark.slow
+def test_gold_answers_to_all_of_bfcl_reach_the_ceiling(tmp_path, capsys):
+    data = shared("data/bfcl")
+    cases = load_benchmarks([f"bfcl={data}"])[0].cases
+    rows = [{"id": case.id, "completion": format_reply(gold_calls(case))} for case in cases]
+    file = write_rows(tmp_path / "gold.jsonl", rows)
+    assert run_eval("--bench", f"bfcl={data}", "--predictions", file, "--out", tmp_path / "out") == 0
+    totals = results(tmp_path / "out")["benchmarks"]["bfcl"]["totals"]
+    assert totals["overall"]["accuracy"] == pytest.approx(((0.99 + 3) / 4 + 1347 / 1351) / 2)
+    assert totals["live with relevance"] == {"accuracy": 2247 / 2251, "right": 2247, "replies": 2251}
+    printed = words(capsys.readouterr().out)
+    assert "99.00 100.00 100.00 100.00 99.22 99.81 100.00 100.00 99.75 99.70 99.73" in printed
+
+
+def test_the_papers_rows_are_consistent():
+    """Its averages are those of its columns by our rules."""
+    counts = dict(zip(paper.LIVE, (258, 1053, 16, 24), strict=True))
+    for model, row in paper.COMPARISONS["bfcl"].rows.items():
+        tallies = {name: Tally(round(row[name] / 100 * count), count) for name, count in counts.items()}
+        assert all(abs(100 * tally.accuracy - row[name]) < 0.011 for name, tally in tallies.items()), model
+        assert row["live"] == pytest.approx(100 * bfcl.totals(tallies)["live"].accuracy, abs=0.005), model
+        assert row["non-live"] == pytest.approx(statistics.fmean(row[name] for name in paper.AST), abs=0.011), model
+        assert row["overall"] == pytest.approx((row["non-live"] + row["live"]) / 2, abs=0.011), model
+        if "live with relevance" in row:
+            both = (row["non-live"] + row["live with relevance"]) / 2
+            assert row["overall with relevance"] == pytest.approx(both, abs=0.011), model
+
+
+@pytest.mark.parametrize("name", paper.COMPARISONS)
+def test_the_papers_columns_are_rows_of_the_benchmark(name):
+    module = benchmark_module(name)
+    categories = getattr(module, "CATEGORIES", None) or tuple(module.LEVELS.values())
+    rules = {"acebench": ["official text"], "api_bank": ["ToolRL soft match"]}.get(name, [])
+    rows = [*categories, *(f"{category}, {rule}" for category in categories for rule in rules)]
+    tallies = {row: Tally(1, 2) for row in rows}
+    keys = {key for group in paper.COMPARISONS[name].columns.values() for key in group.values()}
+    assert keys - tallies.keys() - module.totals(tallies).keys() == ({"reported"} if name != "bfcl" else set())
+    assert all(row.keys() <= keys for row in paper.COMPARISONS[name].rows.values())
+
+
+def test_the_table_has_the_form_of_the_papers():
+    totals = {"simple": {"accuracy": 1.0}, "non-live": {"accuracy": 0.12345}}
+    ours = {"categories": {"simple_python": {"accuracy": 0.5}, "multiple": {"accuracy": 0.25}}, "totals": totals}
+    lines = comparison("bfcl", {"ours: x/hf": ours, "base: y": {"categories": {}, "totals": totals}}).splitlines()
+    assert lines[0].split() == ["non-live", "live", "average", "with", "relevance"]
+    assert lines[1].split()[:7] == ["bfcl,", "per", "cent", "simple", "mult.", "par.", "p.-m."]
+    assert lines[2].split() == ["ours:", "x/hf", "100.00", "25.00", *"-" * 6, "12.35", *"-" * 4]
+    assert lines[4].split()[-5:] == ["89.25", "80.38", "84.82", "-", "-"] and max(map(len, lines)) <= 120

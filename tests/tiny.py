@@ -16,6 +16,7 @@ import train
 from tooln1.config import to_toml
 from tooln1.data import Example, write_examples
 from tooln1.distributed import launch
+from tooln1.io.errors import exit_on_user_error
 from tooln1.io.model_config import parse_config
 from tooln1.model import random_model, save_model
 from tooln1.prompt import XLAM_SYSTEM
@@ -225,3 +226,25 @@ def is_running(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     return False
+
+
+def run_eval(*arguments) -> int:
+    """eval.py's exit code for these arguments, run in this process."""
+    import eval as program
+
+    try:
+        exit_on_user_error(lambda: program.main([*map(str, arguments)]))
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """A JSONL file of these rows."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -1,15 +1,15 @@
-"""What eval.py asks of a benchmark, and the benchmarks there are.
+"""The interface of a benchmark, and the list of benchmarks.
 
 A benchmark is a module of this package with three functions (`Benchmark`):
 
     load(path)                          its cases
-    score(case, completion, think)      whether one reply is right, and if not, why
-    totals(by_category)                 the figures under the categories, the main one last
+    score(case, completion, think)      whether one reply is right, and if not, its first fault
+    totals(by_category)                 the accuracies over all categories, the main one last
 
-and, where they apply, names that eval.py looks for:
+and, where they apply, these names:
 
-    CATEGORIES                          all that the data should have; one that they lack is reported
-    NEVER_RIGHT, CHANGED_SINCE_PAPER    ids of cases that nobody can win, and of those that the paper had otherwise
+    CATEGORIES                          all categories; one that the data do not have is reported
+    NEVER_RIGHT, CHANGED_SINCE_PAPER    ids of cases whose rules accept no answer, and of those that changed
 
 To add one: write the module and put its name into NAMES; the paper's rows for it go into paper.py.
 """
@@ -40,21 +40,23 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reply is worth."""
+    """The verdict on one reply."""
 
     ok: bool
     why: str  # a short, countable name of the first fault, such as "wrong_arguments"; "" when ok
-    also: Mapping[str, bool] = field(default_factory=dict)  # other rules -> right by them; each gets rows of its own
+    also: Mapping[str, bool] = field(
+        default_factory=dict
+    )  # another rule -> right by that rule; each has its own rows in the table
 
 
 def row_by_rule(category: str, rule: str) -> str:
-    """The row of the table in which a category counts by one of the rules of `Verdict.also`."""
+    """The table row of a category by one of the rules of `Verdict.also`."""
     return f"{category}, {rule}"
 
 
 @dataclass(frozen=True)
 class Tally:
-    """So many right replies of so many."""
+    """Counts of right replies and of all replies."""
 
     right: int
     count: int  # at least 1
@@ -72,13 +74,13 @@ class Benchmark(Protocol):
         """The cases in a file or folder, in a fixed order. Raises UserError for what it cannot read."""
 
     def score(self, case: Case, completion: str, think: bool = True) -> Verdict:
-        """The verdict on a reply's text, special tokens included. Total: any text gives one.
+        """The verdict on a reply's text, special tokens included; raises for no text.
 
-        think: reasoning was asked for; a benchmark whose own rules do not look for it takes no notice.
+        think: reasoning was asked for; ignored by a benchmark whose rules do not check it.
         """
 
     def totals(self, by_category: dict[str, Tally]) -> dict[str, Tally | float]:
-        """Name -> figure, in the order of printing, the main figure last.
+        """Name -> accuracy, in the order of printing, the main one last.
 
         A share of cases is a Tally, a mean of means a number. A category without cases is absent from
         `by_category`, and what cannot be computed without it from the result. Where verdicts have other rules,

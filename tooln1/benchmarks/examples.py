@@ -1,4 +1,4 @@
-"""The project's own Example JSONL as a benchmark: right is what the binary reward pays for (paper, Eq. 5).
+"""The project's own Example JSONL as a benchmark, scored by the binary reward (paper, Eq. 5).
 
 The category is the example's source. `why` is the fault that `tooln1.rewards.Fault` names.
 """
@@ -24,7 +24,7 @@ def cases_of(examples: Iterable[Example]) -> list[Case]:
 
 
 def score(case: Case, completion: str, think: bool = True) -> Verdict:
-    """Right where the calls equal the example's answer and, with `think`, the reply has thought."""
+    """Right where the calls equal the example's answer and, with `think`, the reply contains reasoning."""
     fault = fault_of(completion, case.gold, think)
     return Verdict(True, "") if fault == "none" else Verdict(False, fault)
 

@@ -1,11 +1,14 @@
 """What the paper reports on the benchmarks, in per cent: rows of its Table 2 (BFCL of 2025-04-13), API-Bank, ACEBench.
 
-The rows stand beside ours under the same headings (`evaluation_table.comparison`).
+`table.comparison` prints the rows below ours, under the same headings.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from tooln1.benchmarks import Benchmark, Case
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ LIVE = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple
 AVERAGES = ("non-live", "live", "overall")
 WITH_RELEVANCE = ("live with relevance", "overall with relevance")
 _HEADINGS = ("simple", "mult.", "par.", "p.-m.")
-REPORTED = "reported"  # by the paper, by rules that it does not tell
+REPORTED = "reported"  # by the paper, which does not state its rules
 
 
 def _bfcl_row(*figures: float) -> dict[str, float]:
@@ -47,8 +50,8 @@ _BFCL = Comparison(
     },
     notes=(
         "In the paper, live counts the four live columns for Tool-N1, and live_irrelevance and live_relevance besides "
-        "for the others (so their numbers say; the paper does not): compare within a group of columns. The others' "
-        "average is worked out here from the paper's live columns.",
+        "for the others (inferred from its numbers): compare within a group of columns. The others' average is "
+        "computed here from the paper's live columns.",
     ),
 )
 
@@ -89,3 +92,19 @@ _ACEBENCH = Comparison(
 )
 
 COMPARISONS = {"bfcl": _BFCL, "acebench": _ACEBENCH, "api_bank": _API_BANK}
+
+
+def notes(name: str, module: Benchmark, chosen: Iterable[Case]) -> list[str]:
+    """What one must know to compare the numbers of a benchmark on the `chosen` cases, a sentence or two each."""
+    ids = {case.id for case in chosen}
+    never = [case_id for case_id in getattr(module, "NEVER_RIGHT", ()) if case_id in ids]
+    changed = [case_id for case_id in getattr(module, "CHANGED_SINCE_PAPER", ()) if case_id in ids]
+    found = list(COMPARISONS[name].notes) if name in COMPARISONS else []
+    if never:
+        found.append(f"No answer is counted as right in {len(never)} of these cases: {', '.join(never)}.")
+    if changed:
+        found.append(
+            f"{len(changed)} of these cases changed after the paper's date (--bfcl-changed leave-out evaluates without "
+            f"them): {', '.join(changed)}."
+        )
+    return found

@@ -1,78 +1,66 @@
-"""Benchmarks from cases to figures: what a model answers, or what a file says it did, and what that is worth.
+"""Run benchmarks, for eval.py and for the evaluation within train.py.
 
-    --bench NAME=PATH   -> `load_benches`      -> cases
-    a model             -> `answer`            -> predictions
-    a predictions file  -> `match_predictions` -> predictions
-    cases, predictions  -> `score_bench` -> `summarise` -> results.json, printed by evaluation_table.py
-                                         -> `failures`  -> failures.jsonl
-
-train.py goes the same way with its held-out examples, so that the two agree.
+`load_benchmarks` -> cases -> `generate_predictions` or `match_predictions` -> `score_predictions` -> `summarise`
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tooln1.benchmarks import Benchmark, Case, Tally, Verdict, benchmark, row_by_rule
-from tooln1.benchmarks import examples as examples_benchmark
-from tooln1.data import Example, Rollout
+from tooln1.benchmarks import Benchmark, Case, Tally, Verdict, examples, row_by_rule
+from tooln1.benchmarks import benchmark as benchmark_module
+from tooln1.data import Example
 from tooln1.distributed import World
 from tooln1.io.errors import UserError
 from tooln1.io.jsonl import field as json_field
 from tooln1.io.progress import progress
-from tooln1.model import Transformer
 from tooln1.prompt import build_messages
 from tooln1.sampler.distributed import generate_distributed
 from tooln1.sampler.sampler import Sampler
 from tooln1.tokenizer import Tokenizer
 
-# What may be wrong with data and predictions; the first two are faults of a case as well.
-NO_PREDICTION, CONFLICTING, MISSING_CATEGORIES = "no_prediction", "conflicting_predictions", "missing_categories"
-REPEATED, UNKNOWN = "repeated_predictions", "unknown_ids"
-MAKE_THE_SCORE_WRONG = (NO_PREDICTION, CONFLICTING, MISSING_CATEGORIES)
-TOO_LONG = "prompt_too_long"  # for the model's context: a fault of a case
-WORDINGS = {"train": "train", "released": "released_handler"}  # eval.py's --prompt -> build_messages' wording
-CHANGED = ("all", "leave-out", "only")  # what to do with the cases that changed since the paper
-MOST_SAMPLES = 10_000  # replies to a case: what is missing is counted, up to the highest number that a row names
-Key = tuple[str, str, int]  # benchmark, case id, sample
+NO_PREDICTION, CONFLICTING, TOO_LONG = (
+    "no_prediction",
+    "conflicting_predictions",
+    "prompt_too_long",
+)  # `Prediction.fault`
+WORDINGS = {"train": "train", "released": "released_handler"}  # eval.py's --prompt -> `wording` of build_messages
+CHANGED = ("all", "leave-out", "only")  # which cases to choose of those that changed since the paper
+MAX_SAMPLES = 10_000  # of one case in a predictions file
+Key = tuple[str, str, int]  # benchmark name, case id, sample number
 
 
 @dataclass(frozen=True)
-class Bench:
-    """A benchmark as the command line names it, with its cases."""
+class LoadedBenchmark:
+    """A benchmark of the command line with its cases."""
 
     name: str
     path: str
-    rules: Benchmark
-    cases: list[Case]
+    module: Benchmark
+    cases: list[Case]  # all of the data
     chosen: list[Case]  # those to evaluate
-
-    @property
-    def missing_categories(self) -> list[str]:
-        """Categories that the benchmark has and the data lack."""
-        there = {case.category for case in self.cases}
-        return [category for category in getattr(self.rules, "CATEGORIES", ()) if category not in there]
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How a model is asked."""
+    """How replies are generated."""
 
     prompt: str = "train"  # a key of WORDINGS
     think: bool = True  # ask for reasoning
     max_reply_tokens: int = 4096
     temperature: float = 0.0  # 0: greedy
     samples: int = 1  # replies to each case
-    seed: int = 0  # of the sampling
+    seed: int = 0
 
     def messages(self, case: Case) -> list[dict]:
-        """The chat that asks for a reply."""
+        """The chat messages of the prompt for a case."""
         return build_messages(case.example, self.think, wording=WORDINGS[self.prompt])
 
 
@@ -80,303 +68,190 @@ class GenerationConfig:
 class Prediction:
     """A model's reply to a case."""
 
-    completion: str
-    finished: bool | None = None  # ended with a stop token; None: its file does not say
-    asked: bool = True  # False: the model's context cannot hold the prompt
-
-
-NOT_ASKED = Prediction("", asked=False)
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a predictions file holds, matched with the cases."""
-
-    found: dict[Key, Prediction] = field(default_factory=dict)
-    conflicting: set[Key] = field(default_factory=set)  # given more than once, with different completions
-    repeated: list[str] = field(default_factory=list)  # ids of rows that say again what an earlier one said
-    unknown: list[str] = field(default_factory=list)  # ids that no case has
-
-    @property
-    def samples(self) -> int:
-        """Replies to each case."""
-        return 1 + max((sample for _, _, sample in self.found), default=0)
+    completion: str | None  # None: there is none
+    finished: bool | None = None  # whether it ended with a stop token; None: unknown
+    fault: str = ""  # NO_PREDICTION, CONFLICTING or TOO_LONG: wrong whatever the completion
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A case's sample, its prediction and the verdict."""
+    """The verdict on one sample of one case."""
 
     case: Case
     sample: int
-    prediction: Prediction | None
+    prediction: Prediction
     verdict: Verdict
 
 
-# ---------------------------------------------------------------------------------------------------- reading
+def load_benchmarks(arguments: Sequence[str], limit: int = 0, changed: str = "all") -> list[LoadedBenchmark]:
+    """The benchmarks of `--bench NAME=PATH ...`, of each the first `limit` cases (0: all).
 
-
-def load_benches(arguments: Sequence[str], limit: int | None = None, changed: str = "all") -> list[Bench]:
-    """The benchmarks of `--bench NAME=PATH ...`.
-
-    limit:   choose only the first so many cases of each.
-    changed: one of CHANGED, for a benchmark that names the cases which changed since the paper.
-    Raises UserError for a name that is unknown or given twice, for data that cannot be read, and for no case left.
+    changed: one of CHANGED; applies to a benchmark that lists the cases which changed since the paper.
+    Raises UserError for an unknown or repeated name and for data that cannot be read.
     """
-    benches = []
+    loaded: dict[str, LoadedBenchmark] = {}
     for argument in arguments:
-        name, equals, path = argument.partition("=")
-        if not equals or not path:
+        name, _, path = argument.partition("=")
+        if not path:
             raise UserError(f"--bench takes NAME=PATH, such as examples=heldout.jsonl; found {argument!r}.")
-        if name in [bench.name for bench in benches]:
-            raise UserError(f"--bench names {name} twice; put the second into a run of its own.")
-        rules = benchmark(name)
-        cases = chosen = rules.load(path)
-        ids = set(getattr(rules, "CHANGED_SINCE_PAPER", ()))
-        if ids and changed != "all":
-            chosen = [case for case in cases if (case.id in ids) == (changed == "only")]
-        if not chosen:
-            raise UserError(f"{path}: none of its {len(cases)} cases changed since the paper, so none is chosen.")
-        benches.append(Bench(name, path, rules, cases, chosen[:limit]))
-    return benches
+        if name in loaded:
+            raise UserError(f"--bench names {name} twice; evaluate the second one in another run.")
+        module = benchmark_module(name)
+        cases = chosen = module.load(path)
+        changed_ids = getattr(module, "CHANGED_SINCE_PAPER", ())
+        if changed_ids and changed != "all":
+            chosen = [case for case in cases if (case.id in changed_ids) == (changed == "only")]
+        loaded[name] = LoadedBenchmark(name, path, module, cases, chosen[: limit or None])
+    return list(loaded.values())
 
 
-def held_out_bench(path: str, examples: Sequence[Example]) -> Bench:
-    """Held-out examples as a benchmark of the name "heldout"."""
-    cases = examples_benchmark.cases_of(examples)
-    return Bench("heldout", path, examples_benchmark, cases, cases)
+def held_out_benchmark(path: str, held_out: Sequence[Example]) -> LoadedBenchmark:
+    """Held-out training examples as a benchmark with the name "heldout"."""
+    cases = examples.cases_of(held_out)
+    return LoadedBenchmark("heldout", path, examples, cases, cases)
 
 
-def match_predictions(rows: Iterable[tuple[str, dict]], benches: Sequence[Bench]) -> Predictions:
-    """Sort the rows of a predictions file, [(where, row)], to the cases they answer.
+def match_predictions(
+    rows: Iterable[tuple[str, dict]], benchmarks: Sequence[LoadedBenchmark]
+) -> tuple[dict[Key, Prediction], list[str]]:
+    """(predictions by case, ids that no case has), from the rows [(where, row)] of a predictions file.
 
-    A row is {"id", "completion"}, where needed with "bench" (for ids that several benchmarks have) and
-    "sample" (0, 1, ..., of several replies to a case); "finished" and "asked" are kept, other keys do no harm.
-    Raises UserError for values of another type and for an id of two benchmarks when the row does not say which.
+    A row is {"id", "completion"} and optionally "bench" (else the first benchmark with this id), "sample" (0, 1, ...),
+    "finished" and "fault". Raises UserError for an id, completion or sample of a wrong type.
     """
-    ids = {bench.name: {case.id for case in bench.cases} for bench in benches}
-    found, conflicting, repeated, unknown = {}, set(), [], []
+    ids = {benchmark.name: {case.id for case in benchmark.cases} for benchmark in benchmarks}
+    found: dict[Key, Prediction] = {}
+    unknown_ids = []
     for where, row in rows:
-        name, completion = json_field(row, "id", str, where), json_field(row, "completion", str, where)
+        case_id, completion = json_field(row, "id", str, where), json_field(row, "completion", str, where)
         sample, finished = row.get("sample", 0), row.get("finished")
-        if type(sample) is not int or not 0 <= sample < MOST_SAMPLES:
-            raise UserError(f'{where}: "sample" must be a whole number from 0 to {MOST_SAMPLES - 1}, found {sample!r}')
-        asked = [json_field(row, "bench", str, where)] if "bench" in row else list(ids)
-        answers = [bench for bench in asked if name in ids.get(bench, ())]
-        if len(answers) > 1:
-            both = " and ".join(answers)
-            raise UserError(f'{where}: {both} have a case {name!r}; say with "bench" which one is meant')
-        if not answers:
-            unknown.append(name)
+        if type(sample) is not int or not 0 <= sample < MAX_SAMPLES:
+            raise UserError(f'{where}: "sample" must be an integer from 0 to {MAX_SAMPLES - 1}, found {sample!r}')
+        names = [name for name in ids if case_id in ids[name] and row.get("bench", name) == name]
+        if not names:
+            unknown_ids.append(case_id)
             continue
-        key = (answers[0], name, sample)
-        if key not in found:
-            finished = finished if isinstance(finished, bool) else None
-            found[key] = Prediction(completion, finished, row.get("asked") is not False)
-        elif found[key].completion == completion:
-            repeated.append(name)
-        else:
-            conflicting.add(key)
-    return Predictions(found, conflicting, repeated, unknown)
-
-
-# ----------------------------------------------------------------------------------------------------- generation
+        key, fault = (names[0], case_id, sample), TOO_LONG if row.get("fault") == TOO_LONG else ""
+        prediction = Prediction(completion, finished if isinstance(finished, bool) else None, fault)
+        if found.setdefault(key, prediction).completion != completion:
+            found[key] = replace(found[key], fault=CONFLICTING)
+    return found, unknown_ids
 
 
 def generate_predictions(
-    bench: Bench,
+    benchmark: LoadedBenchmark,
     sampler: Sampler,
     tokenizer: Tokenizer,
     world: World,
     generation: GenerationConfig,
-    found: Mapping[Key, Prediction] | None = None,
-    on_reply: Callable[[Key, Prediction], None] = lambda key, prediction: None,
-    should_stop: Callable[[], bool] = lambda: False,
-    check: Callable[[], None] = lambda: None,
-) -> dict[Key, Prediction]:
-    """Predictions for the chosen cases: those `found`, and the others, made on all ranks and known to all afterwards.
+    known: Collection[Key] = (),
+    chunk_replies: int = 0,
+    **how,
+) -> Iterator[dict[Key, Prediction]]:
+    """Generate the predictions for the chosen cases that are not `known`, on all ranks, chunk by chunk.
 
-    A prompt that the model's context cannot hold is not asked, and a reply is cut off where the context ends.
-    `on_reply` is told of each new prediction of this rank as soon as it is there. The bar shows this rank's accuracy.
-    `should_stop` and `check` as in `generate_distributed`.
+    Yields each chunk's predictions on every rank. chunk_replies: replies per chunk, 0 for one chunk.
+    A prompt that does not fit into the model's context gets no reply, and a reply is cut off where the context ends.
+    how: `should_stop` and `check` of `generate_distributed`.
     """
-    wanted = {(bench.name, case.id, sample): case for case in bench.chosen for sample in range(generation.samples)}
-    found = {key: prediction for key, prediction in (found or {}).items() if key in wanted}
-    missing = {case.id: case for key, case in wanted.items() if key not in found}
-    prompts = {name: tokenizer.prompt_ids(generation.messages(case)) for name, case in missing.items()}
-    context = context_tokens(sampler.model)
-    asked = [name for name, prompt in prompts.items() if len(prompt) < context]
-    too_long = {key: NOT_ASKED for key in wanted if len(prompts.get(key[1], ())) >= context}
-    place = {case.id: number for number, case in enumerate(bench.cases)}  # names a case for the randomness
-    oks: list[bool] = []
-
-    def count(key: Key, prediction: Prediction, replies: int = 1) -> None:
-        oks.append(verdict(bench, wanted[key], prediction, generation.think).ok)
-        bar.set_postfix_str(f"accuracy {sum(oks) / len(oks):.3f}", refresh=False)
-        bar.update(replies)
-
-    def made(key: Key, prediction: Prediction, replies: int = 1) -> None:
-        if key not in found:  # it is, where a kill came between two samples of a case
-            count(key, prediction, replies)
-            on_reply(key, prediction)
-
-    def named(rollout: Rollout) -> tuple[Key, Prediction]:
-        key = (bench.name, asked[rollout.group], rollout.sample)
-        return key, Prediction(tokenizer.decode(rollout.reply), rollout.finished)
-
-    with progress(len(wanted), bench.name, "replies", world.is_main) as bar:
-        if world.is_main:
-            for item in found.items():
-                count(*item)
-            for item in too_long.items():
-                made(*item)
-        rollouts = (
-            generate_distributed(
+    cases = [case for case in benchmark.chosen if (benchmark.name, case.id, 0) not in known]
+    place = {case.id: number for number, case in enumerate(benchmark.cases)}  # the key of a case's random numbers
+    chunk_cases = max(1, chunk_replies // generation.samples) if chunk_replies else max(1, len(cases))
+    context = sampler.model.config.raw.get("max_position_embeddings") or math.inf
+    with progress(len(cases) * generation.samples, benchmark.name, "replies", world.is_main) as bar:
+        for start in range(0, len(cases), chunk_cases):
+            chunk = cases[start : start + chunk_cases]
+            prompts = {case.id: tokenizer.prompt_ids(generation.messages(case)) for case in chunk}
+            fitting = [case_id for case_id, prompt in prompts.items() if len(prompt) < context]
+            found = {}
+            for case_id, sample in itertools.product(prompts, range(generation.samples)):
+                if len(prompts[case_id]) >= context:
+                    found[benchmark.name, case_id, sample] = Prediction("", fault=TOO_LONG)
+            rollouts = fitting and generate_distributed(
                 sampler,
                 world,
-                [prompts[name] for name in asked],
-                keys=[place[name] for name in asked],
+                [prompts[case_id] for case_id in fitting],
+                keys=[place[case_id] for case_id in fitting],
                 group_size=generation.samples,
                 temperature=generation.temperature,
                 seed=generation.seed,
-                max_new_tokens=[min(generation.max_reply_tokens, context - len(prompts[name])) for name in asked],
-                on_finished=lambda rollout: made(*named(rollout), replies=world.size),
-                should_stop=should_stop,
-                check=check,
+                max_new_tokens=[min(generation.max_reply_tokens, context - len(prompts[name])) for name in fitting],
+                on_finished=lambda rollout: bar.update(world.size),
+                **how,
             )
-            if asked
-            else []
-        )
-    return {**too_long, **dict(map(named, rollouts)), **found}
+            for rollout in rollouts:
+                key = (benchmark.name, fitting[rollout.group], rollout.sample)
+                found[key] = Prediction(tokenizer.decode(rollout.reply), rollout.finished)
+            yield found
 
 
-def context_tokens(model: Transformer) -> float:
-    """Tokens of prompt and reply together that the model was made for; inf where its config does not say."""
-    return model.config.raw.get("max_position_embeddings") or math.inf
-
-
-# ---------------------------------------------------------------------------------------------------- scoring
-
-
-def verdict(bench: Bench, case: Case, prediction: Prediction | None, think: bool) -> Verdict:
-    """What a prediction is worth; none at all, and one to a question that was not asked, is wrong."""
-    if prediction is None:
-        return Verdict(False, NO_PREDICTION)
-    return bench.rules.score(case, prediction.completion, think) if prediction.asked else Verdict(False, TOO_LONG)
-
-
-def score_bench(bench: Bench, predictions: Predictions, samples: int, think: bool) -> list[Scored]:
-    """Every sample of every chosen case, in order; without a prediction, or with several, it is wrong."""
+def score_predictions(benchmark: LoadedBenchmark, found: Mapping[Key, Prediction], think: bool) -> list[Scored]:
+    """Score every sample of every chosen case, in order; a case without a prediction is wrong."""
+    samples = 1 + max((sample for _, _, sample in found), default=0)
     scored = []
-    for sample in range(samples):
-        for case in bench.chosen:
-            key = (bench.name, case.id, sample)
-            prediction = predictions.found.get(key)
-            conflicting = key in predictions.conflicting
-            worth = Verdict(False, CONFLICTING) if conflicting else verdict(bench, case, prediction, think)
-            scored.append(Scored(case, sample, prediction, worth))
+    for sample, case in itertools.product(range(samples), benchmark.chosen):
+        prediction = found.get((benchmark.name, case.id, sample), Prediction(None, fault=NO_PREDICTION))
+        verdict = Verdict(False, prediction.fault)
+        if not prediction.fault:
+            verdict = benchmark.module.score(case, prediction.completion, think)
+        scored.append(Scored(case, sample, prediction, verdict))
     return scored
 
 
-def summarise(bench: Bench, scored: Sequence[Scored]) -> dict[str, Any]:
-    """The results of one benchmark as plain JSON: accuracies, faults and the number of cut-off replies.
+def summarise(benchmark: LoadedBenchmark, scored: Sequence[Scored]) -> dict[str, Any]:
+    """The results of one benchmark as plain JSON: accuracies, counts of faults, and of cut-off replies.
 
-    With several samples an accuracy is the mean over them, and "spread" their standard deviation (n - 1). Where
-    verdicts know other rules, categories have a row for each of them as well.
+    "valid" is False where categories or predictions are missing. With several samples an accuracy is the mean over
+    them and "spread" their standard deviation (n - 1). Where verdicts have other rules (`Verdict.also`), each category
+    has a row for each of them too.
     """
-    rules = bench.rules.score(bench.chosen[0], "", True).also  # also where no case has a prediction
+    rules = benchmark.module.score(benchmark.chosen[0], "", True).also  # known even if no case has a prediction
     by_sample: dict[int, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for row in scored:
         by_sample[row.sample][row.case.category].append(row.verdict.ok)
-    for rule in rules:
-        for row in scored:
-            by_sample[row.sample][row_by_rule(row.case.category, rule)].append(row.verdict.also.get(rule, False))
-    tallies = [
-        {category: Tally(sum(oks), len(oks)) for category, oks in categories.items()}
-        for categories in by_sample.values()
-    ]
+    for rule, row in itertools.product(rules, scored):
+        by_sample[row.sample][row_by_rule(row.case.category, rule)].append(row.verdict.also.get(rule, False))
+    tallies = [{name: Tally(sum(oks), len(oks)) for name, oks in rows.items()} for rows in by_sample.values()]
+    totals = [benchmark.module.totals(tally) for tally in tallies]
     faults = Counter(row.verdict.why for row in scored if not row.verdict.ok)
+    present = {case.category for case in benchmark.cases}
+    missing = [name for name in getattr(benchmark.module, "CATEGORIES", ()) if name not in present]
     return {
-        "path": bench.path,
-        "cases": len(bench.chosen),
-        "cases_in_data": len(bench.cases),
+        "path": benchmark.path,
+        "valid": not missing and not {NO_PREDICTION, CONFLICTING} & faults.keys(),
+        "missing_categories": missing,
+        "cases": len(benchmark.chosen),
+        "cases_in_data": len(benchmark.cases),
         "samples": len(tallies),
-        "categories": _figures(tallies),
-        "totals": _figures([bench.rules.totals(tally) for tally in tallies]),
+        "categories": {name: _over_samples([sample[name] for sample in tallies]) for name in tallies[0]},
+        "totals": {name: _over_samples([sample[name] for sample in totals]) for name in totals[0]},
         "faults": {why: {"replies": n, "share": n / len(scored)} for why, n in faults.most_common()},
-        "truncated": sum(row.prediction is not None and row.prediction.finished is False for row in scored),
+        "truncated": sum(row.prediction.finished is False for row in scored),
     }
 
 
-def _figures(by_sample: Sequence[Mapping[str, Tally | float]]) -> dict[str, dict]:
-    return {name: _over_samples([figures[name] for figures in by_sample]) for name in by_sample[0]}
-
-
-def _over_samples(figures: Sequence[Tally | float]) -> dict[str, Any]:
-    """One figure from its value in each sample."""
-    values = [figure.accuracy if isinstance(figure, Tally) else figure for figure in figures]
-    result: dict[str, Any] = {"accuracy": statistics.fmean(values)}
-    if len(values) > 1:
-        result |= {"spread": statistics.stdev(values), "by_sample": values}
-    if all(isinstance(figure, Tally) for figure in figures):
-        result |= {"right": sum(f.right for f in figures), "replies": sum(f.count for f in figures)}
-    return result
-
-
-def figures(
-    benches: Sequence[Bench],
-    sampler: Sampler,
-    tokenizer: Tokenizer,
-    world: World,
-    generation: GenerationConfig,
-    should_stop: Callable[[], bool],
-    check: Callable[[], None],
-) -> dict[str, float]:
-    """Ask the benches, one sample a case: the totals of all, under names for a log."""
-    found = {}
-    for bench in benches:
-        found |= metrics_of(
-            bench,
-            generate_predictions(bench, sampler, tokenizer, world, generation, should_stop=should_stop, check=check),
-            generation.think,
-        )
-    return found
-
-
-def metrics_of(bench: Bench, predictions: dict[Key, Prediction], think: bool) -> dict[str, float]:
-    """The totals under names for a log, such as "bfcl_overall"."""
-    totals = summarise(bench, score_bench(bench, Predictions(predictions), 1, think))["totals"]
-    return {re.sub(r"\W+", "_", f"{bench.name}_{name}"): figure["accuracy"] for name, figure in totals.items()}
-
-
-def failures(bench: Bench, scored: Sequence[Scored]) -> list[dict[str, Any]]:
-    """The wrong replies, those of the commonest fault first, else in order."""
-    count = Counter(row.verdict.why for row in scored if not row.verdict.ok)
-    rank = {why: place for place, (why, _) in enumerate(count.most_common())}
-    wrong = sorted((row for row in scored if not row.verdict.ok), key=lambda row: rank[row.verdict.why])
+def failures(benchmark: LoadedBenchmark, scored: Sequence[Scored]) -> list[dict[str, Any]]:
+    """The wrong replies, grouped by fault, as rows of failures.jsonl."""
     return [
-        {
-            "bench": bench.name,
-            "why": row.verdict.why,
-            "id": row.case.id,
-            "category": row.case.category,
-            "sample": row.sample,
-            "completion": row.prediction.completion if row.prediction else None,
-            "answer": row.case.gold,
-        }
-        for row in wrong
+        {"bench": benchmark.name, "id": row.case.id, "category": row.case.category, "sample": row.sample}
+        | {"why": row.verdict.why, "completion": row.prediction.completion, "answer": row.case.gold}
+        for row in sorted(scored, key=lambda row: row.verdict.why)
+        if not row.verdict.ok
     ]
 
 
-def problems(benches: Sequence[Bench], predictions: Predictions, scored: dict[str, list[Scored]]) -> dict[str, list]:
-    """What is wrong with data and predictions: kind -> ids.
+def _over_samples(values: Sequence[Tally | float]) -> dict[str, Any]:
+    """One row of the results from its value in each sample."""
+    accuracies = [value.accuracy if isinstance(value, Tally) else value for value in values]
+    result: dict[str, Any] = {"accuracy": statistics.fmean(accuracies)}
+    if len(accuracies) > 1:
+        result |= {"spread": statistics.stdev(accuracies), "by_sample": accuracies}
+    if all(isinstance(value, Tally) for value in values):
+        result |= {"right": sum(value.right for value in values), "replies": sum(value.count for value in values)}
+    return result
 
-    scored: benchmark -> its scored cases.
-    """
-    found: dict[str, list] = {NO_PREDICTION: [], CONFLICTING: []}
-    found[MISSING_CATEGORIES] = [f"{bench.name} {name}" for bench in benches for name in bench.missing_categories]
-    for row in (row for rows in scored.values() for row in rows):
-        if row.verdict.why in (NO_PREDICTION, CONFLICTING):
-            sample = f" (sample {row.sample})" if row.sample else ""
-            found[row.verdict.why].append(row.case.id + sample)
-    return found | {REPEATED: predictions.repeated, UNKNOWN: predictions.unknown}
+
+def totals_by_log_name(benchmark: LoadedBenchmark, found: Mapping[Key, Prediction], think: bool) -> dict[str, float]:
+    """The accuracies in total, by names for a log such as "bfcl_overall"."""
+    totals = summarise(benchmark, score_predictions(benchmark, found, think))["totals"]
+    return {re.sub(r"\W+", "_", f"{benchmark.name}_{name}"): total["accuracy"] for name, total in totals.items()}

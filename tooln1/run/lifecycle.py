@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tooln1.benchmarks.runner import GenerationConfig, figures
+from tooln1.benchmarks.runner import GenerationConfig, generate_predictions, totals_by_log_name
 from tooln1.config import to_toml
 from tooln1.distributed import World, copy_weights, reshard
 from tooln1.io.errors import Stopped, UserError
@@ -85,11 +85,14 @@ def finish_step(run: Run, metrics: Metrics, replies: list[dict]) -> None:
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Greedy figures, as eval.py has them: "heldout_accuracy" (the binary reward), and eval_bench's totals by name."""
+    """Greedy accuracies, as in eval.py: "heldout_accuracy" (the binary reward), and eval_bench's totals by name."""
     generation = GenerationConfig(think=run.config.think, max_reply_tokens=run.config.max_reply_tokens)
-    found = figures(
-        run.benches, run.sampler, run.tokenizer, run.world, generation, run.request.asked, run.request.check
-    )
+    stop, found = {"should_stop": run.request.asked, "check": run.request.check}, {}
+    for benchmark in run.benches:
+        predictions = {}
+        for new in generate_predictions(benchmark, run.sampler, run.tokenizer, run.world, generation, **stop):
+            predictions |= new
+        found |= totals_by_log_name(benchmark, predictions, generation.think)
     if "heldout_overall" in found:
         found["heldout_accuracy"] = found.pop("heldout_overall")
     return found

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from tooln1.benchmarks.runner import Bench, held_out_bench, load_benches
+from tooln1.benchmarks.runner import LoadedBenchmark, held_out_benchmark, load_benchmarks
 from tooln1.config import allowed_changes, refuse_changes
 from tooln1.data import EpochOrder, Example, fingerprint, read_examples
 from tooln1.distributed import World, load_models
@@ -39,7 +39,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     loss: PolicyLoss | SupervisedLoss
     examples: list[Example]
-    benches: list[Bench]  # what the policy is evaluated on: held-out examples, eval_bench
+    benches: list[LoadedBenchmark]  # what the policy is evaluated on: held-out examples, eval_bench
     order: EpochOrder
     steps: int
     request: StopRequest  # whether a signal has asked the run to stop
@@ -55,7 +55,7 @@ class Run:
 
 def prepare(
     config: Config, world: World, checkpoint: Checkpoint | None
-) -> tuple[Tokenizer, Sequence, list[Bench], dict]:
+) -> tuple[Tokenizer, Sequence, list[LoadedBenchmark], dict]:
     """Tokenizer, examples, benches and the notes for checkpoints; UserError where the run cannot work with them."""
     if checkpoint:
         say, processes = print if world.is_main else lambda words: None, (checkpoint.ranks, world.size)
@@ -84,7 +84,7 @@ def build(
     world: World,
     tokenizer: Tokenizer,
     examples: Sequence,
-    benches: list[Bench],
+    benches: list[LoadedBenchmark],
     notes: dict,
     turn_to: Callable[[str], None],
 ) -> Run:
@@ -140,7 +140,7 @@ def reference_of(config: Config) -> str:
     return (config.reference_model or config.model) if config.mode == "rl" and config.kl_coef else ""
 
 
-def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Sequence, list[Bench]]:
+def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Sequence, list[LoadedBenchmark]]:
     """The training examples and what to evaluate on; over-long examples are left out."""
     fitting = partial(drop_long, tokenizer=tokenizer, max_prompt_tokens=config.max_prompt_tokens, think=config.think)
     held_out = read_examples(config.eval_data)[: config.eval_rows or None] if config.eval_data else []
@@ -150,5 +150,5 @@ def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Seque
         raise UserError(f"{config.train_data}: all prompts are over max_prompt_tokens ({config.max_prompt_tokens}).")
     if world.is_main:
         print(f"{len(kept)} training examples, {len(held_out)} held out; {dropped} and {unasked} over-long left out")
-    benches = [held_out_bench(config.eval_data, held_out)] if held_out else []
-    return kept, benches + load_benches([config.eval_bench] if config.eval_bench else [])
+    benches = [held_out_benchmark(config.eval_data, held_out)] if held_out else []
+    return kept, benches + load_benchmarks([config.eval_bench] if config.eval_bench else [])
