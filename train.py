@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from tooln1.batch import PackedBatch, minibatch_rows, pack, plan
-from tooln1.config import load_config
+from tooln1.config import Config, load_config
 from tooln1.data import Example, Rollout
 from tooln1.distributed import World, copy_weights, launch
 from tooln1.grpo import group_advantages, loss_total
@@ -33,7 +33,6 @@ from tooln1.run.reply_metrics import add_reply_metrics, add_sampler_gap, add_sam
 from tooln1.run.run_dir import find_checkpoint
 from tooln1.run.setup import Run, prepare
 from tooln1.sampler.distributed import generate_distributed
-from tooln1.settings import Config
 from tooln1.sft import demonstrations
 from tooln1.update import optimizer_step, scheduled_rate, with_logprobs
 

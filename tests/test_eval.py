@@ -32,13 +32,13 @@ from test_evaluation import (
 from tooln1.benchmarks import examples as examples_benchmark
 from tooln1.benchmarks import runner as evaluation
 from tooln1.benchmarks.runner import load_benches
+from tooln1.config import Config
 from tooln1.data import write_examples
 from tooln1.distributed import World
 from tooln1.model import load_model, save_model
 from tooln1.run import lifecycle, setup
 from tooln1.run.metrics import JsonlLog
 from tooln1.sampler.sampler import Sampler
-from tooln1.settings import Config
 from tooln1.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,12 +18,11 @@ from test_distributed import ROOT
 from test_train import run, settings, weights
 
 import train
-from tooln1.config import to_toml
+from tooln1.config import Config, to_toml
 from tooln1.io.errors import Stopped, UserError
 from tooln1.run import lifecycle, setup
 from tooln1.run.metrics import read_jsonl
 from tooln1.run.signals import StopRequest
-from tooln1.settings import Config
 
 ENDLESS = dict(steps=100_000, eval_every=0, save_every=0)
 

@@ -18,12 +18,11 @@ from test_train import settings
 
 import eval as evaluation_script
 import train
-from tooln1.config import to_toml
+from tooln1.config import Config, to_toml
 from tooln1.demo import __main__ as demo
 from tooln1.io.errors import exit_on_user_error
 from tooln1.prepare import __main__ as data
 from tooln1.run import plot
-from tooln1.settings import Config
 
 TRAIN = (train.main, "--config base.toml")
 EVAL = (evaluation_script.main, "--device cpu --bench examples=data.jsonl --out out")

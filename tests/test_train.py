@@ -9,13 +9,12 @@ import torch
 from test_distributed import torchrun
 
 import train
-from tooln1.config import load_config, to_toml
+from tooln1.config import Config, load_config, to_toml
 from tooln1.data import read_examples
 from tooln1.distributed import launch
 from tooln1.io.errors import UserError
 from tooln1.model import load_model
 from tooln1.run.metrics import read_jsonl
-from tooln1.settings import Config
 from tooln1.sft import demonstrations, target_text
 from tooln1.tokenizer import load_tokenizer
 
