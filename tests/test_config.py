@@ -155,7 +155,7 @@ def test_a_resumed_run_refuses_changed_and_unknown_settings():
         resume(packed, (1, 2), **packed)
     with pytest.raises(UserError, match="tokens_per_microbatch"):
         resume(packed, tokens_per_microbatch=5, **packed)
-    with pytest.raises(UserError, match="step-3: there is no setting 'kl_coeff'; did you mean 'kl_coef'"):
+    with pytest.raises(UserError, match="step-3: there is no setting 'kl_coeff'. Did you mean 'kl_coef'"):
         resume({"kl_coeff": 0.1})
 
 

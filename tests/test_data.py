@@ -231,7 +231,7 @@ def test_malformed_raw_file_names_file_row_and_reason(tmp_path, kind, text, reas
 
 def test_unreadable_files(tmp_path):
     (tmp_path / "bad").write_bytes(b'{"query": "q"}\n{"query": "\xff"}\n')
-    with pytest.raises(UserError, match="bad, line 2: the bytes at offset 26 are not UTF-8"):
+    with pytest.raises(UserError, match="bad, line 2: not UTF-8"):
         read_xlam(tmp_path / "bad")
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(UserError, match="cannot read"):
@@ -289,7 +289,7 @@ def test_malformed_example_names_file_line_and_reason(write, change, reason):
 
 
 def test_more_malformed_examples(write, tmp_path):
-    for key in vars(example()):
+    for key in vars(example()).keys() - {"reply"}:
         with pytest.raises(UserError, match=f'line 1: the key "{key}" is missing'):
             read_examples(write({k: v for k, v in vars(example()).items() if k != key}))
     with pytest.raises(UserError, match='line 2: the id "e" was given before'):

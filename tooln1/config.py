@@ -218,7 +218,7 @@ def known_setting(key: str, where: str) -> str:
 def _hint(key: str) -> str:
     name = key.partition("=")[0].lstrip("-").replace("-", "_")
     nearest = difflib.get_close_matches(name, [*SETTINGS, "config"], n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else " (--help lists all settings)."
+    return f". Did you mean {nearest[0]!r}?" if nearest else " (--help lists all settings)."
 
 
 def checked(name: str, value: Any, where: str = "") -> Any:

@@ -118,7 +118,7 @@ class World:
 
 
 @contextmanager
-def launch(device: str = "auto", timeout: int = 1800) -> Iterator[World]:
+def launch(device: str = "auto", timeout: int = 600) -> Iterator[World]:
     """Join the processes that torchrun started (or be alone without it) for the length of the block.
 
     `device` is "auto" (a GPU where there is one), "cpu" or "cuda". `timeout`: seconds that a process waits for the

@@ -27,7 +27,6 @@ TOKENIZER_FILES = [
     "chat_template.jinja",
     "generation_config.json",
 ]
-MAX_TOKENIZER = 2**27  # bytes of tokenizer.json; published ones have up to 40 million
 MAX_GROWTH = 64  # of a text by normalizers; published ones at most double it
 
 
@@ -150,7 +149,7 @@ def _read_json_object(file: Path) -> dict[str, Any]:
 def _read_backend(file: Path) -> tokenizers.Tokenizer:
     if not file.is_file():
         raise UserError(f"{file}: no such file; a tokenizer is read from tokenizer.json (the fast format)")
-    text = read_text(file, MAX_TOKENIZER)
+    text = read_text(file)
     raw = parse_json(text, f"{file}: not a tokenizer that can be read", constants=True)
     parts = [raw.get("normalizer"), raw.get("pre_tokenizer")] if isinstance(raw, dict) else []
     if (growth := _growth(parts)) > MAX_GROWTH:  # told before any text, a special token say, goes through them
