@@ -124,7 +124,7 @@ def test_what_a_kill_leaves_behind_is_cleared_up(tmp_path):
     os.replace(tmp_path / "step-000001", tmp_path / ".step-000001.old")
     (tmp_path / ".step-000002.tmp").mkdir()
     (tmp_path / ".step-000000.removed.tmp").mkdir()
-    (tmp_path / ".latest.abc.tmp").write_text("step-")
+    (tmp_path / ".latest.tmp").write_text("step-")
     (tmp_path / ".bashrc.old").write_text("not ours")
     (tmp_path / ".notes.tmp").write_text("nor this")
     assert unfinished(clear_up(tmp_path, OURS)) == ["step-000002"]
