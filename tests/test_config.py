@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tooln1 import config as config_module
-from tooln1.config import SECTION_OF, SETTINGS, Config, load_config, read_preset, to_toml, validate
+from tooln1.config import SECTION_OF, SETTINGS, Config, load_config, read_preset, to_toml
 from tooln1.io.errors import UserError
 from tooln1.run.setup import refuse_changes
 
@@ -111,14 +111,6 @@ def test_preset_paths_fall_back_to_the_repository(preset, tmp_path, monkeypatch)
     assert config.train_data == str(repository / "train.jsonl")
     assert (config.model, config.eval_data, config.run_dir) == ("some/id", "both.jsonl", "train.jsonl")
     assert load_config(["--train-data", "train.jsonl"], path).train_data == "train.jsonl"  # what the user types: as is
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"mode": "sft", "group_size": 1}, {"mode": "sft", "think": False}, {"think": False, "reward": "binary_no_think"}],
-)
-def test_settings_that_go_together(changes):
-    validate(replace(Config(), **changes))
 
 
 def test_to_toml_round_trips_every_kind_of_value(preset):
