@@ -17,7 +17,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from tooln1.batch import PackedBatch, pack, plan_microbatches, split_into_minibatches
-from tooln1.config import load_config
+from tooln1.config import Config, load_config
 from tooln1.data import Example, Rollout
 from tooln1.distributed import World, copy_weights, launch
 from tooln1.grpo import group_advantages, loss_total
@@ -34,7 +34,6 @@ from tooln1.run.metrics import Metrics
 from tooln1.run.reply_metrics import add_reply_metrics, add_sampler_gap, add_sampler_stats
 from tooln1.run.setup import Run, prepare
 from tooln1.sampler.distributed import generate_distributed
-from tooln1.settings import Config
 from tooln1.sft import demonstrations
 from tooln1.update import add_logprobs, optimizer_step, scheduled_learning_rate
 

@@ -19,13 +19,13 @@ from tiny import read_rows, run_eval
 
 from tooln1.benchmarks.examples import score
 from tooln1.benchmarks.runner import GenerationConfig, load_benchmarks
+from tooln1.config import Config
 from tooln1.data import write_examples
 from tooln1.distributed import World
 from tooln1.model import load_model, save_model
 from tooln1.prompt import format_reply
 from tooln1.run import lifecycle, setup
 from tooln1.sampler.sampler import Sampler
-from tooln1.settings import Config
 from tooln1.tokenizer import load_tokenizer
 
 ONE, TWO = {"name": "add", "arguments": {"a": 1}}, {"name": "add", "arguments": {"a": 2}}

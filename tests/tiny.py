@@ -13,14 +13,13 @@ import tokenizers
 from tokenizers import AddedToken
 
 import train
-from tooln1.config import to_toml
+from tooln1.config import Config, to_toml
 from tooln1.data import Example, write_examples
 from tooln1.distributed import launch
 from tooln1.io.errors import exit_on_user_error
 from tooln1.io.model_config import parse_config
 from tooln1.model import random_model, save_model
 from tooln1.prompt import XLAM_SYSTEM
-from tooln1.settings import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("seconds/", "tokens_per_second/")

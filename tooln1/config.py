@@ -1,276 +1,278 @@
-"""Reading and writing the settings of a run: TOML presets, command-line overrides, a generated `--help`.
+"""The settings of a run: a dataclass with the paper's hyper-parameters (Table 6), TOML presets and the command line.
 
-The settings themselves are the table in settings.py. A later source beats an earlier one: the default there, the
-preset that a preset names as its `base`, the preset itself, the command line. Only train.py and eval.py see `Config`.
+A later source overrides an earlier one: the defaults in `Config`, the preset that a preset names as its `base`, the
+preset itself, the command line. Only train.py, eval.py and run/ see `Config`.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import difflib
 import json
-import os
-import shutil
-import sys
-import textwrap
+import re
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from tooln1.grpo import AGGREGATIONS
 from tooln1.io.errors import UserError
-from tooln1.settings import KIND_WORDS, KINDS, MAY_CHANGE, PATHS, SECTION_OF, SETTINGS, Config, checked, shown, validate
+from tooln1.rewards import REWARDS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+SWITCH = ("auto", "on", "off")
+
+
+def setting(default: Any, help: str, unit: str = "", within: str = "[0, inf)", **about: Any) -> Any:
+    """A field of `Config` with what `--help` prints and what its values are checked against.
+
+    within: the interval that a number must lie in. about: `paper`, the paper's value; `choices`, the allowed texts;
+    `const`, the value of `--name` without one; `section`, which begins here, of TOML and of `--help`.
+    """
+    return field(default=default, metadata={"help": help, "unit": unit, "within": within, **about})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run. setting(default, help, unit, allowed interval, paper=the paper's value)."""
+
+    run_dir: str = setting("runs/tool_n1", "directory for everything that the run writes", section="run")
+    resume: str = setting("", "checkpoint to resume from; auto: the newest complete one in run_dir", const="auto")
+    allow_changes: str = setting("", "names of settings, or all: may differ from the checkpoint's", const="all")
+    check: bool = setting(False, "only run the checks before the first step; exit code 2 if one fails")
+    collective_timeout: int = setting(600, "longest wait of a process for the others", "seconds", "[1, inf)")
+    max_bad_steps: int = setting(5, "non-finite optimizer steps in a row that stop the run", "steps", "[1, inf)")
+    device: str = setting("auto", "auto: CUDA if there is a GPU", choices=("auto", "cpu", "cuda"))
+    threads: int = setting(0, "CPU threads of a process; 0: torch's default", "threads")
+    tensorboard: bool = setting(False, "also write TensorBoard files (requirements-extra.txt)")
+
+    model: str = setting("Qwen/Qwen2.5-7B-Instruct", "Hugging Face directory or hub id", section="model_and_data")
+    reference_model: str = setting("", "model of the KL term; empty: same as model", paper="")
+    train_data: str = setting("data/tool_n1/train.jsonl", "training examples (JSONL)")
+    eval_data: str = setting("", "held-out examples; empty: no evaluation on them")
+
+    mode: str = setting("rl", "GRPO, or supervised fine-tuning", paper="rl", choices=("rl", "sft"), section="task")
+    seed: int = setting(0, "of data order and sampling; the same on any number of processes", within="[0, 9e18]")
+    think: bool = setting(True, "prompt for <think> ... </think> before the calls", paper=True)
+    reward: str = setting("binary", "rule that scores a reply", paper="binary", choices=tuple(REWARDS))
+    shuffle_rewards: bool = setting(False, "permute the rewards within the batch: the control experiment")
+    sft_on_prompt: bool = setting(False, "sft: learn the prompt's tokens too, not only the reply's")
+    max_prompt_tokens: int = setting(4096, "longer prompts are left out", "tokens", "[1, inf)", paper=4096)
+
+    epochs: int = setting(7, "passes over train_data; not used if steps is set", "epochs", paper=7, section="schedule")
+    steps: int = setting(0, "rollout steps to train; 0: epochs decide", "steps")
+    prompts_per_step: int = setting(1024, "examples of a rollout step", "prompts", "[1, inf)", paper=1024)
+    prompts_per_minibatch: int = setting(256, "examples of an optimizer step", "prompts", "[1, inf)", paper=256)
+    group_size: int = setting(5, "replies sampled for each prompt", "replies", "[1, inf)", paper=5)
+
+    temperature: float = setting(0.7, "divides all logits", "", "(0, inf)", paper=0.7, section="rollout")
+    top_p: float = setting(1.0, "sample from the most likely tokens of this total; 1: off", "", "(0, 1]", paper=1.0)
+    top_k: int = setting(0, "sample from this many most likely tokens; 0: off", "tokens", paper=0)
+    max_reply_tokens: int = setting(8192, "replies are cut off at this length", "tokens", "[1, inf)", paper=8192)
+
+    clip_low: float = setting(0.2, "the ratio is clipped at 1 - clip_low", "", "[0, 1]", paper=0.2, section="loss")
+    clip_high: float = setting(0.2, "the ratio is clipped at 1 + clip_high", paper=0.2)
+    dual_clip: float = setting(0.0, "largest ratio that counts where A < 0; 0: off", paper=0.0)
+    kl_coef: float = setting(1e-3, "weight of the KL to the reference model", paper=1e-3)
+    entropy_coef: float = setting(0.0, "weight of the entropy bonus", paper=0.0)
+    scale_by_std: bool = setting(True, "divide advantages by the group's standard deviation", paper=True)
+    advantage_eps: float = setting(1e-6, "added to that standard deviation", "", "(0, inf)", paper=1e-6)
+    loss_aggregation: str = setting("token_mean", "how token losses are averaged; see grpo.py", choices=AGGREGATIONS)
+
+    learning_rate: float = setting(1e-6, "AdamW's, at its peak", "", "(0, inf)", paper=1e-6, section="optimizer")
+    lr_schedule: str = setting("constant", "after the warm-up", paper="constant", choices=("constant", "cosine"))
+    warmup_ratio: float = setting(0.0, "length of the linear warm-up", "share of all steps", "[0, 1]", paper=0.0)
+    adam_beta1: float = setting(0.9, "decay of the mean gradient", "", "[0, 1)", paper=0.9)
+    adam_beta2: float = setting(0.999, "decay of the mean squared gradient", "", "[0, 1)", paper=0.999)
+    adam_eps: float = setting(1e-8, "added to AdamW's denominator", "", "(0, inf)")
+    weight_decay: float = setting(0.01, "AdamW's, decoupled", paper=0.01)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", "", "(0, inf)", paper=1.0)
+
+    compile: bool = setting(False, "torch.compile the layers of the policy", section="memory_and_speed")
+    activation_checkpointing: str = setting("auto", "recompute layers; auto: from 1e9 parameters", choices=SWITCH)
+    accumulate_whole: str = setting("auto", "gather weights once a step; auto: below 2e9 parameters", choices=SWITCH)
+    offload_reference: bool = setting(False, "keep the reference model's shards in host memory (CUDA)")
+    offload_optimizer: bool = setting(False, "keep the policy's shards and Adam state in host memory (CUDA)")
+    tokens_per_microbatch: int = setting(30720, "most of a process's forward pass", "tokens", "[1, inf)", paper=30720)
+    logprob_chunk_tokens: int = setting(1024, "tokens whose logits are in memory at once", "tokens", "[1, inf)")
+    rollout_rows: int = setting(0, "most replies sampled at once; 0: all, on CUDA 512", "replies")
+    rollout_cache_tokens: int = setting(0, "KV cache; 0: as needed, at most 1/3 of the free memory", "tokens")
+
+    eval_bench: str = setting("", "benchmark, NAME=PATH as for eval.py", section="evaluation_and_saving")
+    eval_every: int = setting(10, "evaluate after every so many steps; 0: only at the end", "steps", paper=10)
+    eval_rows: int = setting(0, "evaluate on the first examples only; 0: all", "examples")
+    eval_before_training: bool = setting(False, "evaluate the initial model too", paper=False)
+    save_every: int = setting(10, "save a checkpoint after every so many steps; 0: only at the end", "steps", paper=10)
+    keep_checkpoints: int = setting(2, "newest checkpoints that are kept", "checkpoints", "[1, inf)")
+    keep_every: int = setting(0, "checkpoints of every so many steps are never deleted; 0: none", "steps")
+    max_failed_saves: int = setting(3, "failed saves in a row that stop the run", "attempts", "[1, inf)")
+    log_rollouts: int = setting(4, "best, and as many worst, replies of a step in rollouts.jsonl", "replies")
+
+
+SETTINGS = {entry.name: entry for entry in fields(Config)}
+KINDS: dict[str, type] = get_type_hints(Config)
+KIND_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+PATHS = ("model", "reference_model", "train_data", "eval_data")  # of files to read, which may be in the repository
+SECTION_OF: dict[str, str] = {}
+for _entry in fields(Config):
+    SECTION_OF[_entry.name] = _entry.metadata.get("section") or list(SECTION_OF.values())[-1]
 
 
 def load_config(argv: list[str], default_toml: str | Path) -> Config:
-    """The settings that a command line asks for, checked.
+    """The settings that a command line gives: `--config TOML` (else `default_toml`), then `--key value` options.
 
-    `argv`: what follows the program's name: `--config TOML` (else `default_toml` is read), `--key value` or
-    `--key=value`. A true-or-false setting may stand alone (`--think`), and so may `--resume` (auto). Dashes
-    and underscores are the same; of two equal options the later counts. `--help` prints all and exits with 0.
-
-    Raises `UserError` for an unknown key (naming the nearest), a value of the wrong type or out of range
-    (naming where it stood), settings that contradict each other, and a preset that cannot be read.
+    A boolean needs no value (`--think`), nor does `--resume` (auto). Dashes and underscores are equal, the last of
+    two equal options counts, `--help` prints all settings and exits with 0. Raises UserError for an unknown key
+    (naming the nearest), a value of the wrong type or out of range, and a preset that cannot be read.
     """
-    options = list(_options(argv))
-    named_preset = [text for key, text in options if key == "config"]
-    preset = Path(default_toml)
-    if named_preset:
-        if not named_preset[-1]:
-            raise UserError("command line: --config needs the path of a TOML file.")
-        preset = Path(_in_repository(named_preset[-1]))
-    values = read_preset(preset)
-    if any(key == "help" for key, _ in options):
-        print(help_text(Config(**values), preset))
-        raise SystemExit(0)
-    for key, text in options:
-        if key != "config":
-            name = _known(key, "command line", extra=("config", "help"))
-            values[name] = _from_text(name, text)
-    config = Config(**values)
+    argv = [re.sub("^--[^=]+", lambda key: key[0].replace("_", "-"), argument) for argument in argv]
+    preset_parser = _Parser(add_help=False, allow_abbrev=False)
+    preset_parser.add_argument("--config", default=str(default_toml))
+    preset = _in_repository(preset_parser.parse_known_args(argv)[0].config)
+    values = asdict(Config()) | read_preset(preset)
+    values |= {name: _in_repository(values[name]) for name in PATHS}
+    options, unknown = _command_line(preset, values).parse_known_args(argv)
+    if unknown:
+        raise UserError(f"command line: unknown argument {unknown[0]!r}{_hint(unknown[0])}")
+    config = Config(**{name: getattr(options, name) for name in SETTINGS})
     validate(config)
     return config
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are UserErrors, without the usage of 60 options before them."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"command line: {message} (--help lists all settings)")
+
+
+def _command_line(preset: str, values: dict[str, Any]) -> _Parser:
+    """The parser of `--config` and all settings, whose defaults are `values`, those of `preset`."""
+    parser = _Parser(
+        usage="%(prog)s [--config TOML] [--key value ...]",
+        description=f"Defaults are those of the preset {preset}.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="TOML", help="preset of settings to start from")
+    truth = {"true": True, "false": False}
+    convert = {bool: lambda text: truth.get(text.lower(), text)}  # any other text is refused by `checked`
+    metavars = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
+    for name, entry in SETTINGS.items():
+        about, kind = entry.metadata, KINDS[name]
+        if "section" in about:
+            group = parser.add_argument_group(about["section"])
+        const = True if kind is bool else about.get("const")
+        notes = [about["unit"], f"default: {_toml_value(values[name])}"]
+        notes += [f"paper: {_toml_value(about['paper'])}"] if "paper" in about else []
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=convert.get(kind, kind),
+            default=values[name],
+            nargs=None if const is None else "?",
+            const=const,
+            choices=about.get("choices"),
+            metavar=None if "choices" in about else metavars[kind],
+            help=f"{about['help']} [{'; '.join(filter(None, notes))}]".replace("%", "%%"),
+        )
+    return parser
+
+
 def read_preset(path: str | Path) -> dict[str, Any]:
-    """The settings in a TOML file and in the presets it builds on, checked one by one, with paths found.
+    """The settings in a TOML file and in its `base` (a path relative to the file), which it overrides; all checked.
 
-    Settings stand at the top of the file or in the sections that `Config` names. `base = "other.toml"`
-    (relative to the file) takes that preset's settings first. A relative path to a model or data file is
-    meant from the current directory if it exists there, else from the repository.
+    Settings stand at the top or in sections, whose names are free.
     """
-    return _read_preset(Path(path), ())
-
-
-def _read_preset(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in readers:
-        chain = " -> ".join(reader.name for reader in (*readers, path))
-        raise UserError(f"{path}: the presets build on one another in a circle ({chain}); take one base out.")
+    path = Path(path)
     try:
-        table = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read the preset {path}: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid TOML: {error}.") from None
-    values = {name: _in_repository(SETTINGS[name].default) for name in PATHS}
-    if "base" in table:
-        base = table.pop("base")
-        if not isinstance(base, str) or "\0" in base:
-            raise UserError(f"{path}: base takes the path of another preset, not {shown(base)}.")
-        values = _read_preset(path.parent / base, (*readers, path.resolve()))
-    own = {}
-    for key, value, section in _entries(table, path):
-        name = _known(key, str(path), extra=("base",))
-        if section and SECTION_OF[name] != section:
-            raise UserError(f"{path}: {name} belongs in [{SECTION_OF[name]}], not in [{section}].")
-        if name in own:
-            raise UserError(f"{path}: {name} is set twice; keep one of the two.")
-        own[name] = checked(name, value, str(path))
-        if name in PATHS:
-            own[name] = _in_repository(own[name])
-    return {**values, **own}
-
-
-def _entries(table: dict[str, Any], path: Path) -> Iterator[tuple[str, Any, str]]:
-    """(key, value, section or "") of each entry of a preset, flat or in sections."""
-    known_sections = sorted(set(SECTION_OF.values()))
+    base = table.pop("base", None)
+    inherited = {} if base is None else read_preset(path.parent / str(base))
+    own: dict[str, Any] = {}
     for key, value in table.items():
-        if not isinstance(value, dict):
-            yield key, value, ""
-        elif key in known_sections:
-            yield from ((inner, inner_value, key) for inner, inner_value in value.items())
-        else:
-            raise UserError(f"{path}: there is no section [{key}].{_nearest(key, known_sections)}")
+        for name, item in value.items() if isinstance(value, dict) else [(key, value)]:
+            name = known_setting(name, str(path))
+            if name in own:
+                raise UserError(f"{path}: {name} is set twice; keep one of the two.")
+            own[name] = checked(name, item, str(path))
+    return inherited | own
 
 
 def _in_repository(path: str) -> str:
-    """`path` as it stands, unless it exists only below the repository: then its place there."""
-    if path and not Path(path).exists() and (REPOSITORY / path).exists():
-        return str(REPOSITORY / path)
-    return path
+    """`path`, or its place in the repository where it exists only there."""
+    return path if Path(path).exists() or not (REPOSITORY / path).exists() else str(REPOSITORY / path)
 
 
-def _options(argv: list[str]) -> Iterator[tuple[str, str | None]]:
-    """(key, text) of each `--key text`, `--key=text` or bare `--key` (text None) on the command line."""
-    position = 0
-    while position < len(argv):
-        token = argv[position]
-        position += 1
-        if token == "-h":
-            token = "--help"
-        if not token.startswith("--") or token == "--":
-            raise UserError(f"command line: {token!r} belongs to no option; write --key value (see --help).")
-        key, equals, text = token[2:].partition("=")
-        if equals:
-            yield key, text
-        elif position < len(argv) and not argv[position].startswith("--") and argv[position] != "-h":
-            yield key, argv[position]
-            position += 1
-        else:
-            yield key, None
-
-
-def _from_text(name: str, text: str | None) -> Any:
-    """The value of a command-line option, checked."""
-    kind, where = KINDS[name], "command line"
-    if text is None:
-        alone = True if kind is bool else SETTINGS[name].metadata["alone"]
-        if alone is None:
-            raise UserError(f"{where}: --{name.replace('_', '-')} needs a value, {KIND_WORDS[kind]}.")
-        return alone
-    value: Any = text
-    if kind is bool:
-        value = {"true": True, "false": False}.get(text.lower(), text)
-    elif kind is not str:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = text  # refused below, with the same sentence as in a preset
-    return checked(name, value, where)
-
-
-def _known(key: str, where: str, extra: tuple[str, ...] = ()) -> str:
-    """`key` as a setting's name."""
+def known_setting(key: str, where: str) -> str:
+    """`key` as the name of a setting. Raises UserError, naming the nearest, if there is none."""
     name = key.replace("-", "_")
     if name not in SETTINGS:
-        switch = name.removeprefix("no_")
-        turned_off = switch != name and KINDS.get(switch) is bool
-        hint = f" {switch} is turned off with --{switch.replace('_', '-')} false." if turned_off else ""
-        raise UserError(f"{where}: there is no setting {key!r}.{hint or _nearest(name, (*SETTINGS, *extra))}")
+        raise UserError(f"{where}: there is no setting {key!r}{_hint(name)}")
     return name
 
 
-def _nearest(key: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, names, n=1, cutoff=0.4)
-    return f" Did you mean {close[0]!r}?" if close else " --help lists what there is."
+def _hint(key: str) -> str:
+    name = key.partition("=")[0].lstrip("-").replace("-", "_")
+    nearest = difflib.get_close_matches(name, [*SETTINGS, "config"], n=1)
+    return f". Did you mean {nearest[0]!r}?" if nearest else " (--help lists all settings)."
+
+
+def checked(name: str, value: Any, where: str = "") -> Any:
+    """`value` (an int becomes a float where one is due), or a UserError saying what the setting takes."""
+    kind, about = KINDS[name], SETTINGS[name].metadata
+    place = f"{where}: " if where else ""
+    value = float(value) if kind is float and type(value) is int else value
+    if type(value) is not kind:
+        raise UserError(f"{place}{name} takes {KIND_NAMES[kind]}, not {value!r}.")
+    if value not in about.get("choices", (value,)):
+        raise UserError(f"{place}{name} is one of {', '.join(about['choices'])}, not {value!r}.")
+    if kind in (int, float):
+        low, high = (float(end) for end in about["within"][1:-1].split(","))
+        above = value > low if about["within"].startswith("(") else value >= low
+        below = value < high if about["within"].endswith(")") else value <= high
+        if not (above and below):
+            raise UserError(f"{place}{name} must lie in {about['within']}, not {value}.")
+    return value
+
+
+def validate(config: Config) -> None:
+    """Check every value by itself and against the others. Raises UserError."""
+    for name in SETTINGS:
+        checked(name, getattr(config, name))
+    rl = config.mode == "rl"
+    for wrong, sentence in (
+        (not config.run_dir, "run_dir is empty; it takes a path."),
+        (
+            config.prompts_per_step % config.prompts_per_minibatch,
+            f"prompts_per_minibatch ({config.prompts_per_minibatch}) must divide prompts_per_step "
+            f"({config.prompts_per_step}), so that all mini-batches of a step have one size.",
+        ),
+        (not config.epochs and not config.steps, "epochs and steps are both 0; set one of them to 1 or more."),
+        (0 < config.dual_clip <= 1, f"dual_clip must be 0 (off) or above 1, not {config.dual_clip}."),
+        (rl and config.group_size < 2, "group_size is 1, but GRPO compares the replies to a prompt; take 2 or more."),
+        (
+            rl and not config.think and config.reward != "binary_no_think",
+            f"reward {config.reward} requires a <think> block, which think = false does not prompt for; "
+            "set reward to binary_no_think, or think to true.",
+        ),
+    ):
+        if wrong:
+            raise UserError(sentence)
 
 
 def to_toml(config: Config) -> str:
-    """The config as a TOML text that `read_preset` reads back to an equal one (floats to the last bit)."""
-    lines, section = ["# Every setting of a run; `train.py --help` explains them."], ""
-    for name, value in dataclasses.asdict(config).items():
-        if SECTION_OF[name] != section:
-            section = SECTION_OF[name]
-            lines += ["", f"[{section}]"]
-        lines.append(f"{name} = {_toml_value(value)}")
+    """The config as TOML that `read_preset` reads back to an equal one (floats to the last bit)."""
+    lines = ["# Every setting of a run; `train.py --help` explains them."]
+    for name, entry in SETTINGS.items():
+        if "section" in entry.metadata:
+            lines += ["", f"[{entry.metadata['section']}]"]
+        lines.append(f"{name} = {_toml_value(getattr(config, name))}")
     return "\n".join(lines) + "\n"
 
 
 def _toml_value(value: Any) -> str:
-    if isinstance(value, str):  # JSON's escapes are TOML's, except that TOML wants DEL escaped too
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
-    """The settings in which two configs differ: name -> (value in a, value in b).
-
-    Two spellings of one existing file or folder (relative, absolute, a link) do not count as different.
-    """
-    found = {}
-    for name in SETTINGS:
-        left, right = getattr(a, name), getattr(b, name)
-        both_paths = name in PATHS and left and right
-        if left != right and not (both_paths and os.path.realpath(left) == os.path.realpath(right)):
-            found[name] = (left, right)
-    return found
-
-
-def allowed_changes(config: Config) -> set[str]:
-    """The settings that `allow_changes` names; raises UserError for a name that is none."""
-    if config.allow_changes == "all":
-        return set(SETTINGS)
-    return {_known(name.strip(), "allow_changes") for name in config.allow_changes.split(",") if name.strip()}
-
-
-def refuse_changes(
-    before: Any, now: Config, where: str, processes: tuple[int, int], say: Callable[[str], None] = print
-) -> None:
-    """Raise UserError where a run that goes on has other settings than before, of those that shape its weights.
-
-    before: settings by name, as `where` holds them; names that this version lacks do not count. `now.allow_changes`
-    names the settings that may differ; `say` is told what does. processes: how many there were, and are.
-    """
-    before = before if isinstance(before, dict) else {}
-    free = MAY_CHANGE - ({"steps", "epochs"} if now.lr_schedule != "constant" or now.warmup_ratio else set())
-    free -= {"tokens_per_microbatch"} if now.loss_aggregation == "microbatch_token_mean" else set()
-    known = {name: checked(name, value, where) for name, value in before.items() if name in SETTINGS}
-    changed = differences(dataclasses.replace(now, **known), now)
-    refused = {name: values for name, values in changed.items() if name not in free | allowed_changes(now)}
-
-    def words(settings: dict[str, tuple[Any, Any]]) -> str:
-        return ", ".join(f"{name} {shown(old)} (now {shown(new)})" for name, (old, new) in settings.items())
-
-    if allowed := {name: values for name, values in changed.items() if name not in free | refused.keys()}:
-        say(f"changed, as allowed: {words(allowed)}")
-    if refused:
-        listed = words(refused)
-        raise UserError(
-            f"{where} was written with other settings: {listed}. Set them back, or allow the change with "
-            f"--allow-changes {','.join(refused)}."
-        )
-    packed = now.loss_aggregation == "microbatch_token_mean" and "loss_aggregation" not in allowed_changes(now)
-    if packed and processes[0] != processes[1]:
-        raise UserError(
-            f"{where} was written by {processes[0]} processes (now {processes[1]}), which changes what "
-            "loss_aggregation microbatch_token_mean gives; use as many, or --allow-changes loss_aggregation."
-        )
-
-
-def help_text(config: Config, preset: str | Path) -> str:
-    """The text of `--help`: each setting, its value in `config` (as in `preset`), the paper's, its unit."""
-    width = max(80, min(120, shutil.get_terminal_size((110, 24)).columns))
-    indent = " " * 59
-    lines = [
-        f"usage: {Path(sys.argv[0]).name} [--config FILE.toml] [--key value | --key=value ...]",
-        "",
-        *textwrap.wrap(
-            "Settings come from a TOML preset and from the command line, which is the stronger. A true-or-"
-            "false setting may stand alone: --think is --think true. The values below are the preset's.",
-            width,
-            break_on_hyphens=False,
-        ),
-        "",
-        f"preset: {preset}",
-        "",
-        f"  {'option':<27} {'value':<13} {'paper':<14} meaning [unit]",
-    ]
-    section = ""
-    for name, entry in SETTINGS.items():
-        if SECTION_OF[name] != section:
-            section = SECTION_OF[name]
-            lines += ["", section.replace("_", " ")]
-        about, value = entry.metadata, getattr(config, name)
-        meaning = about["help"]
-        meaning += f" ({' | '.join(about['choices'])})" if about["choices"] else ""
-        meaning += f" [{about['unit']}]" if about["unit"] else ""
-        shown = value if isinstance(value, str) and value else _toml_value(value)
-        head = f"  {'--' + name.replace('_', '-'):<27} {shown:<13} "
-        if len(head) > 44:  # a long path: the columns behind it start on the next line
-            lines.append(head.rstrip())
-            head = " " * 44
-        head += f"{about['paper'] or '-':<14} "
-        lines += textwrap.wrap(meaning, width, initial_indent=head, subsequent_indent=indent)
-    return "\n".join(lines)
+    return json.dumps(value, ensure_ascii=False)  # JSON's texts, numbers and booleans are TOML's

@@ -1,4 +1,4 @@
-"""One instance of training or evaluation, one sampled reply, JSONL of examples, and the resumable epoch order."""
+"""`Example` and `Rollout`, JSONL files of examples, and the resumable order of an epoch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,15 @@ import numpy as np
 
 from tooln1.io.errors import UserError
 from tooln1.io.files import atomic_write
-from tooln1.io.jsonl import field, is_deep, kind_of, read_rows, shown
+from tooln1.io.jsonl import field, kind_of, read_rows, shown
 
+MAX_DEPTH = 100  # lists and objects in one another
 NOT_JSON = "holds NaN, infinity, half a surrogate pair or very deep nesting"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training or evaluation instance: the context up to a call, and the calls that answer it.
-
-    Everything in it is plain JSON data, shared between the examples of a row: treat it as read-only.
-    """
+    """One training or evaluation instance: the context up to a call, and the calls that answer it. Plain JSON data."""
 
     id: str  # unique in a file: "xlam-12" (row 12, from 0), "toolace-17-3" (the call at turn 3 of row 17)
     source: str  # "xlam", "toolace_single_turn", "toolace_multiple_turn", or the user's own label
@@ -44,24 +42,26 @@ class Rollout:
     prompt: list[int]  # token ids
     reply: list[int]  # token ids, the stop token included
     logprobs: list[float]  # of each reply token at the sampling temperature, before top-k and top-p
-    finished: bool  # ended with a stop token; False: cut at the cap
+    finished: bool  # ended with a stop token; False: cut off at max_new_tokens
 
 
 def is_call(value: Any) -> bool:
     """Whether a JSON value is {"name": str, "arguments": object, ...}."""
-    if not isinstance(value, dict):
-        return False
-    return isinstance(value.get("name"), str) and isinstance(value.get("arguments"), dict)
+    named = isinstance(value, dict) and isinstance(value.get("name"), str)
+    return named and isinstance(value.get("arguments"), dict)
 
 
 def is_storable(value: Any) -> bool:
-    """Whether a row in strict JSON and UTF-8 can hold it: no NaN, no infinity, no half surrogate pair, not too deep."""
+    """Whether strict JSON in UTF-8 can hold it, nested at most MAX_DEPTH deep: code that compares values recurses."""
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        text.encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):  # UnicodeEncodeError is a ValueError
         return False
-    return not is_deep(value, text)
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [node for node in level if isinstance(node, dict | list)]
+        level = [item for node in level for item in (node.values() if isinstance(node, dict) else node)]
+    return not level
 
 
 def write_examples(examples: list[Example], path: str | os.PathLike) -> None:
@@ -70,7 +70,7 @@ def write_examples(examples: list[Example], path: str | os.PathLike) -> None:
     with atomic_write(path) as file:
         for example in examples:
             row = {key: value for key, value in vars(example).items() if key != "reply" or value is not None}
-            _check_example(row, f'{path}, example "{example.id}"', seen)
+            checked_example(row, f'{path}, example "{example.id}"', seen)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -85,15 +85,10 @@ def read_examples(path: str | os.PathLike) -> list[Example]:
 
 
 def checked_example(row: dict, where: str, seen: set[str]) -> Example:
-    """The Example of a JSON row, or UserError beginning with `where`; `seen` collects the ids of a file."""
-    return Example(**_check_example(row, where, seen))
-
-
-def _check_example(row: dict, where: str, seen: set[str]) -> dict:
-    """`row` itself when it makes an Example; `seen` collects the ids."""
-    known = {part.name for part in fields(Example)}
-    if unknown := sorted(set(row) - known):
-        raise UserError(f"{where}: unknown key {shown(unknown[0])}; an example has {', '.join(sorted(known))}")
+    """The Example of a JSON row, or a UserError that begins with `where`. `seen` collects the ids of a file."""
+    known = [part.name for part in fields(Example)]
+    if unknown := sorted(set(row).difference(known)):
+        raise UserError(f"{where}: unknown key {shown(unknown[0])}; an example has {', '.join(known)}")
     for key in ("id", "source", "system"):
         field(row, key, str, where)
     if row.get("reply") is not None:
@@ -119,15 +114,15 @@ def _check_example(row: dict, where: str, seen: set[str]) -> dict:
     if row["id"] in seen:
         raise UserError(f'{where}: the id "{row["id"][:80]}" was given before; ids must be unique in a file')
     seen.add(row["id"])
-    return row
+    return Example(**row)
 
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """An order of `n` examples, a pure function of (seed, step, count): to resume it, know the step.
+    """The order in which `n` examples are trained on, a pure function of (seed, step, count).
 
-    Every epoch is a permutation of its own, drawn from (seed, epoch). A step never straddles two epochs: the
-    n % count examples at an epoch's end are left out of it (drop_last, as in the released run).
+    Every epoch is a permutation of its own, drawn from (seed, epoch). A step never spans two epochs: the n % count
+    examples at an epoch's end are left out (drop_last, as in the released run).
 
         >>> order = EpochOrder(n=5, seed=0)
         >>> first, second, third = (order.take(step, count=2) for step in range(3))
@@ -138,32 +133,20 @@ class EpochOrder:
     n: int  # examples
     seed: int  # >= 0
 
-    def __post_init__(self):
-        if self.n < 1 or self.seed < 0:
-            raise UserError(f"an epoch order needs n >= 1 and seed >= 0, got n={self.n} and seed={self.seed}")
-
     def take(self, step: int, count: int) -> list[int]:
         """The `count` distinct indices (0 <= i < n) of step `step` (from 0)."""
-        epoch, position = divmod(self._checked(step), self.steps_per_epoch(count))
+        epoch, position = divmod(step, self.steps_per_epoch(count))
         return _permutation(self.n, self.seed, epoch)[position * count : (position + 1) * count].tolist()
 
     def epoch(self, step: int, count: int) -> int:
         """The epoch (from 0) in which step `step` (from 0) falls."""
-        return self._checked(step) // self.steps_per_epoch(count)
+        return step // self.steps_per_epoch(count)
 
     def steps_per_epoch(self, count: int) -> int:
         """n // count. Raises UserError when an epoch cannot fill a single step."""
         if not 1 <= count <= self.n:
-            raise UserError(
-                f"cannot take {count} examples a step from {self.n}: lower the number of prompts a step "
-                f"to between 1 and {self.n}, or give more data"
-            )
+            raise UserError(f"cannot take {count} prompts a step from {self.n} examples; lower prompts_per_step")
         return self.n // count
-
-    def _checked(self, step: int) -> int:
-        if step < 0:
-            raise UserError(f"steps are counted from 0, got {step}")
-        return step
 
 
 @lru_cache(maxsize=2)  # neighbouring steps share an epoch
@@ -173,7 +156,7 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """A hash of examples and their order: with the seed, what a run sees when."""
+    """A hash of examples and their order."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps(vars(example)).encode())

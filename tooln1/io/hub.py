@@ -1,4 +1,4 @@
-"""From what the user names (a directory or a hub id) to a local directory."""
+"""The local directory of a model that the user names by directory or hub id."""
 
 from __future__ import annotations
 

@@ -1,28 +1,17 @@
-"""What config.json says of an architecture, checked: sizes, RoPE, and the refusal of what would be computed wrongly."""
+"""The architecture in config.json: sizes and RoPE; what would be computed wrongly is refused."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tooln1.io.errors import UserError
 from tooln1.io.jsonl import shown
 
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
-MAX_SIZE = 2**24  # of each; a matrix of two of them still has a size that 64 bits can count
-
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """LLaMA 3.1's stretching of the slow RoPE frequencies (transformers' rope_type "llama3")."""
+    """LLaMA 3.1's scaling of the low RoPE frequencies (transformers' rope_type "llama3")."""
 
     factor: float
     low_freq_factor: float
@@ -32,7 +21,7 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the architecture needs to know, under transformers' names; `raw` is config.json as it was read."""
+    """The parameters of the architecture, under transformers' names; `raw` is config.json as it was read."""
 
     vocab_size: int
     hidden_size: int
@@ -67,63 +56,41 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
     """
     if not isinstance(raw, dict):
         raise UserError(f"{where}: expected a JSON object.")
-    for key, kind in (("rope_parameters", dict), ("rope_scaling", dict), ("layer_types", list)):
-        if raw.get(key) is not None and not isinstance(raw[key], kind):
-            raise UserError(f"{where}: '{key}' must be {'an object' if kind is dict else 'a list'}.")
     rope = raw.get("rope_parameters") or {}  # transformers 5 keeps theta and scaling together
     scaling = rope or raw.get("rope_scaling") or {}
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     _refuse_unsupported(raw, rope_type, where)
-    values = raw | {"rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}
-    needed = (
-        "rope_theta",
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "rms_norm_eps",
-    )
-    for key in needed:
-        if values.get(key) is None:
-            raise UserError(f"{where}: '{key}' is missing; the model cannot be built without it.")
-    sizes = {key: _number(raw, key, int, where) for key in SIZES if raw.get(key) is not None}
-    if raw.get("max_position_embeddings") is not None:
-        _number(raw, "max_position_embeddings", int, where)  # evaluation reads it there
-    heads = sizes["num_attention_heads"]
+    given = {key: value for key, value in raw.items() if value is not None}
+    hidden, heads = (_number(given, key, int, where) for key in ("hidden_size", "num_attention_heads"))
+    given = {"num_key_value_heads": heads, "head_dim": hidden // heads, "initializer_range": 0.02} | given
+    sizes = [part.name for part in fields(ModelConfig) if part.type == "int"]
     config = ModelConfig(
-        **{"num_key_value_heads": heads, "head_dim": sizes["hidden_size"] // heads} | sizes,
-        rms_norm_eps=_number(raw, "rms_norm_eps", float, where),
-        rope_theta=_number(values, "rope_theta", float, where),
+        **{key: _number(given, key, int, where) for key in sizes},
+        rms_norm_eps=_number(given, "rms_norm_eps", float, where),
+        rope_theta=_number(given | rope, "rope_theta", float, where),
         rope_scaling=_llama3_scaling(scaling, where) if rope_type == "llama3" else None,
-        tie_word_embeddings=_flag(raw, "tie_word_embeddings", where),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
         qkv_bias=raw["model_type"] == "qwen2",
-        initializer_range=_number({"initializer_range": 0.02} | raw, "initializer_range", float, where),
+        initializer_range=_number(given, "initializer_range", float, where),
         raw=raw,
     )
-    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2 or config.head_dim < 2:
+    if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
         raise UserError(f"{where}: num_attention_heads must be a multiple of num_key_value_heads, head_dim even.")
     return config
 
 
 def _number(raw: dict[str, Any], key: str, kind: type[int] | type[float], where: str) -> Any:
-    """A positive number of the config: an integer up to MAX_SIZE, or a float; not what only passes for one."""
+    """A positive int or float of the config; an int counts as a float."""
     value = raw.get(key)
-    if type(value) not in (int, kind) or not 0 < value <= (MAX_SIZE if kind is int else 1e300):
-        wanted = f"an integer from 1 to {MAX_SIZE}" if kind is int else "a number above 0"
-        raise UserError(f"{where}: '{key}' must be {wanted}, found {shown(str(value))}.")
+    if value is None:
+        raise UserError(f"{where}: '{key}' is missing; the model cannot be built without it.")
+    if type(value) not in (int, kind) or not value > 0:
+        raise UserError(f"{where}: '{key}' must be a positive {kind.__name__}, found {value!r}.")
     return kind(value)
 
 
-def _flag(raw: dict[str, Any], key: str, where: str) -> bool:
-    value = raw.get(key)
-    if value is not None and type(value) is not bool:
-        raise UserError(f"{where}: '{key}' must be true or false, found {shown(str(value))}.")
-    return bool(value)
-
-
 def _refuse_unsupported(raw: dict[str, Any], rope_type: Any, where: str) -> None:
-    """Another architecture, sliding windows in use, an unknown RoPE, quantised weights, biases elsewhere."""
+    """Raise UserError for another architecture, sliding windows, an unknown RoPE, quantised weights, other biases."""
     model_type, llama = raw.get("model_type"), raw.get("model_type") == "llama"
     for wrong, what in (
         (model_type not in ("qwen2", "llama"), f"model_type {shown(str(model_type))}"),
@@ -139,17 +106,14 @@ def _refuse_unsupported(raw: dict[str, Any], rope_type: Any, where: str) -> None
 
 
 def _llama3_scaling(scaling: dict[str, Any], where: str) -> Llama3Scaling:
-    scaled = Llama3Scaling(
+    return Llama3Scaling(
         *(_number(scaling, key, float, where) for key in ("factor", "low_freq_factor", "high_freq_factor")),
         _number(scaling, "original_max_position_embeddings", int, where),
     )
-    if scaled.low_freq_factor >= scaled.high_freq_factor:
-        raise UserError(f"{where}: 'low_freq_factor' must be below 'high_freq_factor'.")
-    return scaled
 
 
 def pair_cost(config: ModelConfig) -> float:
-    """What a (query, key) pair costs beside a token: 4·H·D FLOPs over 2 a weight of the blocks, in every layer."""
+    """FLOPs of a (query, key) pair, 4·H·D, over those of a token, 2 for each weight of a layer."""
     queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     weights = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
     return 2 * queries / weights

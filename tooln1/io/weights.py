@@ -1,10 +1,9 @@
-"""Safetensors directories in the Hugging Face layout: read strictly, written sharded, never unpickled."""
+"""Weights in the Hugging Face layout: safetensors files, read strictly, written in shards."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,14 +19,14 @@ from tooln1.io.errors import UserError
 from tooln1.io.jsonl import parse_json, read_text, shown
 
 SHARD_BYTES = 5 * 10**9
-BLOCK, BLOCKS = 1 << 16, 256  # bytes, and how many such blocks of a file tell it from another
+BLOCK, BLOCKS = 1 << 16, 256  # bytes, and how many such blocks of a file its fingerprint reads
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")  # integers, and floats of 8 bits, mean something only with scales
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a weight file, as the file's header has it."""
+    """A tensor in a weight file, according to the file's header."""
 
     file: Path
     shape: tuple[int, ...]
@@ -35,9 +34,9 @@ class Stored:
 
 
 def stored_tensors(directory: Path, unneeded: tuple[str, ...] = ()) -> dict[str, Stored]:
-    """What the weight files of a model directory hold, by name, but for names that end in one of `unneeded`.
+    """The tensors in the weight files of a model directory, by name, without those whose names end in `unneeded`.
 
-    Only their headers are read. Raises UserError for missing or broken files and a tensor that stands in two of them.
+    Only their headers are read. Raises UserError for missing or broken files and a tensor that is in two of them.
     """
     found: dict[str, Stored] = {}
     for file in weight_files(directory):
@@ -46,7 +45,7 @@ def stored_tensors(directory: Path, unneeded: tuple[str, ...] = ()) -> dict[str,
                 if name.endswith(unneeded):
                     continue
                 if name in found:
-                    raise UserError(f"{file}: {shown(name)} stands in {found[name].file.name} as well.")
+                    raise UserError(f"{file}: {shown(name)} is in {found[name].file.name} too.")
                 part = tensors.get_slice(name)
                 found[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
     return found
@@ -75,34 +74,29 @@ def read_weights(
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory: the one, or the shards that its index names.
-
-    They stand in the directory itself; there they may be links, as in the cache of the hub.
-    """
+    """The safetensors files of a model directory: model.safetensors, or the shards that its index names."""
     index = directory / INDEX
-    if not os.path.lexists(index):
+    if not index.exists():
         single = directory / "model.safetensors"
-        if not os.path.isfile(single):
+        if not single.is_file():
             raise UserError(
                 f"{directory}: no model.safetensors and no index of shards; only safetensors weights are read "
                 "(a .bin checkpoint is a pickle and is never opened: convert it first)."
             )
         return [single]
-    raw = parse_json(read_text(index), f"{index}: not a readable shard index")
+    raw = parse_json(read_text(index), str(index))
     names = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(names, dict) or not names:
-        raise UserError(f'{index}: not a readable shard index (no "weight_map" of tensor names and files).')
-    for name in names.values():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise UserError(f"{index}: {shown(str(name))} is not the name of a safetensors file beside it.")
-        if not os.path.isfile(directory / name):
-            raise UserError(f"{index}: the shard {shown(name)} is missing; download it again.")
+        raise UserError(f'{index}: no "weight_map" of tensor names and files.')
+    for name in map(str, names.values()):
+        if Path(name).name != name or not name.endswith(".safetensors") or not (directory / name).is_file():
+            raise UserError(f"{index}: {shown(name)} is not the name of a safetensors file beside it.")
     return [directory / name for name in sorted(set(names.values()))]
 
 
 @contextmanager
 def _open(file: Path) -> Iterator[Any]:
-    """A safetensors file, opened; what its reader raises, then or later, as a UserError."""
+    """Open a safetensors file; an error of its reader, then or later, becomes a UserError."""
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
@@ -117,10 +111,11 @@ def _check_fit(directory: Path, wanted: dict[str, tuple], stored: dict[str, Stor
     shapes = [f"{n} (file {stored[n].shape}, config {wanted[n]})" for n in both if stored[n].shape != wanted[n]]
     types = [f"{n} ({stored[n].dtype})" for n in both if stored[n].dtype not in FLOATS]
     faults = {"missing": missing, "unexpected": unexpected, "wrong shape": shapes, "no floating-point type": types}
-    parts = []
-    for fault, names in faults.items():
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        parts += [f"{fault}: {', '.join(name[:200] for name in names[:8])}{more}"] * bool(names)
+    parts = [
+        f"{fault}: {', '.join(names[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        for fault, names in faults.items()
+        if names
+    ]
     if parts:
         raise UserError(f"{directory}: the weights do not fit config.json; {'; '.join(parts)}.")
 
@@ -143,13 +138,13 @@ def write_weights(state: dict[str, Tensor], directory: Path, dtype: torch.dtype)
         save_file(tensors, directory / file, metadata={"format": "pt"})
         file_of.update(dict.fromkeys(members, file))
     if len(shards) > 1:
-        total = sum(tensor.numel() * dtype.itemsize for tensor in state.values())
+        total = dtype.itemsize * sum(tensor.numel() for tensor in state.values())
         index = {"metadata": {"total_size": total}, "weight_map": file_of}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def fingerprint(files: Iterable[Path]) -> str:
-    """A hash of a model's files, where they exist: small ones whole, of large ones the size and blocks all over it."""
+    """A hash of a model's files, where they exist: all of small ones, blocks of large ones."""
     digest = hashlib.sha256()
     for file in sorted(files):
         if not file.is_file():

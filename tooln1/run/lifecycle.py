@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tooln1.benchmarks.runner import GenerationConfig, generate_predictions, totals_by_log_name
-from tooln1.config import to_toml
+from tooln1.config import Config, to_toml
 from tooln1.distributed import World, copy_weights, reshard
 from tooln1.io.errors import Stopped, UserError
 from tooln1.io.files import atomic_write
@@ -30,7 +30,6 @@ from tooln1.run.checkpoint import (
 from tooln1.run.faults import explain_oom
 from tooln1.run.metrics import Metrics, RunLog
 from tooln1.run.setup import Run, build, prepare
-from tooln1.settings import Config
 
 
 @contextmanager

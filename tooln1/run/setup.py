@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from tooln1.benchmarks.runner import LoadedBenchmark, held_out_benchmark, load_benchmarks
-from tooln1.config import allowed_changes, refuse_changes
+from tooln1.config import SECTION_OF, SETTINGS, Config, checked, known_setting
 from tooln1.data import EpochOrder, Example, fingerprint, read_examples
 from tooln1.distributed import World, load_models
 from tooln1.io import weights
@@ -21,9 +22,11 @@ from tooln1.run.checks import check_run
 from tooln1.run.metrics import RunLog
 from tooln1.run.signals import StopRequest
 from tooln1.sampler.sampler import Sampler
-from tooln1.settings import Config, resolved
 from tooln1.tokenizer import Tokenizer, load_tokenizer
 from tooln1.update import PolicyLoss, SupervisedLoss
+
+# What a resumed run must not change: its result would differ by more than rounding.
+FIXED_SECTIONS = ("task", "schedule", "rollout", "loss", "optimizer")
 
 
 @dataclass
@@ -59,7 +62,7 @@ def prepare(
     """Tokenizer, examples, benches and the notes for checkpoints; UserError where the run cannot work with them."""
     if checkpoint:
         say, processes = print if world.is_main else lambda words: None, (checkpoint.ranks, world.size)
-        refuse_changes(checkpoint.notes.get("config"), config, str(checkpoint.path), processes, say)
+        refuse_changes(checkpoint.notes.get("config", {}), config, str(checkpoint.path), processes, say)
     tokenizer = load_tokenizer(config.model)
     examples, benches = load_data(config, world, tokenizer)
     frozen = reference_of(config)
@@ -133,6 +136,51 @@ def build(
         turn_to,
         notes,
     )
+
+
+def resolved(config: Config, parameters: int) -> dict[str, Any]:
+    """All settings by name, "auto", "on" and "off" made true or false for a model of so many parameters."""
+    on = {"on": True, "off": False}
+    return asdict(config) | {
+        "activation_checkpointing": on.get(config.activation_checkpointing, parameters > 1e9),
+        "accumulate_whole": on.get(config.accumulate_whole, parameters < 2e9),
+    }
+
+
+def allowed_changes(config: Config) -> set[str]:
+    """The settings that `allow_changes` names; raises UserError for a name that is none."""
+    if config.allow_changes == "all":
+        return set(SETTINGS)
+    return {known_setting(name.strip(), "allow_changes") for name in config.allow_changes.split(",") if name.strip()}
+
+
+def refuse_changes(
+    before: dict[str, Any], now: Config, where: str, processes: tuple[int, int], say: Callable[[str], None] = print
+) -> None:
+    """Raise UserError where a resumed run has other settings than before, of those that shape its weights.
+
+    before: settings by name, as `where` holds them. `now.allow_changes` names the settings that may differ; `say` is
+    told which do. processes: how many there were, and are.
+    """
+    old = replace(now, **{known_setting(name, where): checked(name, value, where) for name, value in before.items()})
+    allowed, packing_counts = allowed_changes(now), now.loss_aggregation == "microbatch_token_mean"
+    fixed = {name for name in SETTINGS if SECTION_OF[name] in FIXED_SECTIONS} - {"steps", "epochs"}
+    fixed |= {"steps", "epochs"} if now.lr_schedule != "constant" or now.warmup_ratio else set()
+    fixed |= {"tokens_per_microbatch"} if packing_counts else set()
+    changed = {
+        name: f"{name} {getattr(old, name)!r} (now {getattr(now, name)!r})"
+        for name in fixed
+        if getattr(old, name) != getattr(now, name)
+    }
+    if processes[0] != processes[1] and packing_counts:
+        changed.setdefault("loss_aggregation", f"{processes[0]} processes (now {processes[1]}), which the loss sees")
+    if accepted := [text for name, text in changed.items() if name in allowed]:
+        say(f"changed, as allowed: {', '.join(accepted)}")
+    if refused := [name for name in sorted(changed) if name not in allowed]:
+        raise UserError(
+            f"{where} was written with other settings: {', '.join(changed[name] for name in refused)}. "
+            f"Restore them, or accept the change with --allow-changes {','.join(refused)}."
+        )
 
 
 def reference_of(config: Config) -> str:
