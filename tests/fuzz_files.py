@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tiny
 
-from tooln1.benchmarks.runner import held_out_bench, match_predictions, score_bench, summarise
+from tooln1.benchmarks.runner import held_out_benchmark, match_predictions, score_predictions, summarise
 from tooln1.data import read_examples, write_examples
 from tooln1.io.errors import UserError
 from tooln1.io.jsonl import read_rows
@@ -116,9 +116,10 @@ def mutated_rows(rng: random.Random, kind: str) -> bytes:
 def use_rows(kind: str, path: Path, tokenizer: Tokenizer) -> None:
     """Read the file, and do with its rows what training and evaluation do."""
     if kind == "prediction":
-        bench = held_out_bench("held out", tiny.examples(3))
-        predictions = match_predictions(read_rows(path), [bench])
-        json.dumps(summarise(bench, score_bench(bench, predictions, min(predictions.samples, 3), True)))
+        benchmark = held_out_benchmark("held out", tiny.examples(3))
+        found, _ = match_predictions(read_rows(path), [benchmark])
+        found = {key: prediction for key, prediction in found.items() if key[2] < 3}
+        json.dumps(summarise(benchmark, score_predictions(benchmark, found, True)))
         return
     if kind == "example":
         examples = read_examples(path)
