@@ -91,6 +91,13 @@ def write_data(folder: Path, count: int = 12) -> Path:
     return folder / "data.jsonl"
 
 
+def cpu_seconds(function, *arguments) -> float:
+    """CPU seconds that a call takes."""
+    start = time.process_time()
+    function(*arguments)
+    return time.process_time() - start
+
+
 # ------------------------------------------------------------------------------------------- runs of train.py
 
 
