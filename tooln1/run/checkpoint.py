@@ -239,7 +239,7 @@ def _read_index(checkpoint: Path) -> dict:
         raise ValueError("it is of another version of this program")
     notes = index["notes"]
     known = isinstance(notes, dict) and isinstance(notes.get("bad_steps", 0), int)
-    known &= isinstance(notes.get("cache_tokens", []), list)
+    known &= isinstance(notes.get("free_bytes", []), list)
     if len(index["files"]) != index["ranks"] or not known:
         raise ValueError("its parts do not belong together")
     return index
