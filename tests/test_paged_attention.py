@@ -1,103 +1,132 @@
-"""Decoding over pages: both forms equal plain attention over each row's own keys and values."""
+"""The key/value cache and attention over its blocks: every form equals plain attention over each sequence's own."""
 
 import random
 
 import pytest
 import torch
+from tiny import CONFIG
 
 from tooln1.attention import attention
-from tooln1.sampler.paged_attention import FlexPages, GatheredPages, PagedCache, PagedSpan, PrefillAttention
+from tooln1.io.model_config import parse_config
+from tooln1.sampler.kv_cache import KVCache, kv_bytes_per_token, plan_cache
+from tooln1.sampler.paged_attention import FlexDecode, GatheredDecode, PrefillAttention
+from tooln1.sampler.scheduler import Prefill, Sequence, SequenceGroup
 
-HEADS, KV_HEADS, DIM, PAGES = 12, 2, 64, 40
+HEADS, KV_HEADS, DIM = SHAPE = (12, 2, 64)
+only_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU_SHAPES = [(28, 4, 128), (12, 2, 128), (16, 2, 128), (14, 2, 64), (40, 8, 128), (4, 4, 64)]  # those of Qwen2.5
+GPU_CASES = [(*shape, groups) for shape in GPU_SHAPES for groups in (0, 14, 78)]
 
 
-def filled_cache(size):
-    cache = PagedCache(1, PAGES, size, KV_HEADS, DIM, torch.zeros(1))
+def config(heads, kv_heads, dim):
+    shape = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": heads * dim}
+    return parse_config({**CONFIG, "vocab_size": 259, **shape})
+
+
+def filled_cache(size, num_blocks=60, shape=SHAPE, like=None):
+    cache = KVCache(config(*shape), num_blocks, size, torch.zeros(1) if like is None else like)
     cache.data.copy_(torch.randn(cache.data.shape, generator=torch.Generator().manual_seed(0)))
     return cache
 
 
-def rows_of_pages(size, seed=0):
-    """Two families of three and two rows, and three rows alone: (tables, pages shared, positions of the new tokens)."""
-    rng = random.Random(seed)
-    free = rng.sample(range(1, PAGES + 1), PAGES)
-    tables, shared, positions = [], [], []
-    for family, common in ((3, 4), (1, 0), (2, 1), (1, 2), (1, 0)):
-        prompt = [free.pop() for _ in range(common)]
-        for _ in range(family):
-            tables.append(prompt + [free.pop() for _ in range(rng.randint(1, 3))])
-            shared.append(common)
-            positions.append((len(tables[-1]) - 1) * size + rng.randrange(size))
-    order = rng.sample(range(len(tables)), len(tables))  # siblings need not be neighbours
-    return [tables[i] for i in order], [shared[i] for i in order], torch.tensor([positions[i] for i in order])
+def decoding_sequences(cache, more_groups=0):
+    """Groups of 3, 2, 1 and 1, one of 11, of which a bucket takes 4 at a time, and more of 4, in mixed order."""
+    rng, size = random.Random(0), cache.block_size
+    free = rng.sample(range(1, cache.num_blocks + 1), cache.num_blocks)
+    seqs = []
+    for count, num_shared in ((3, 4), (1, 0), (2, 1), (1, 2), (11, 1), *[(4, 2)] * more_groups):
+        group = SequenceGroup(0, [0] * (num_shared * size))
+        prompt = [free.pop() for _ in range(num_shared)]
+        for _ in range(count):
+            seq = Sequence(group, 0, 0, 99, block_table=prompt + [free.pop() for _ in range(rng.randint(1, 2))])
+            seq.num_cached_tokens = (len(seq.block_table) - 1) * size + rng.randrange(size) + 1
+            seqs.append(seq)
+    return rng.sample(seqs, len(seqs))
 
 
-def new_tokens(rows):
+def new_tokens(count, shape=SHAPE, like=None):
+    heads, kv_heads, dim = shape
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(rows, heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-
-
-def plain(cache, tables, positions, q):
-    """Each row by itself: softmax over the places up to its new token."""
-    out = []
-    for row, table in enumerate(tables):
-        keys, values = cache.data[0, table].flatten(0, 1)[: positions[row] + 1].unbind(1)
-        out.append(attention(q[row][None, None], keys[None], values[None])[0, 0])
-    return torch.stack(out)
+    tensors = [torch.randn(count, n, dim, generator=generator) for n in (heads, kv_heads, kv_heads)]
+    return tensors if like is None else [tensor.to(like) for tensor in tensors]
 
 
 @pytest.mark.parametrize("size", [4, 32])
-def test_gathered_pages_equal_plain_attention(size):
+def test_gathered_decode_equals_plain_attention(size):
     cache = filled_cache(size)
-    tables, shared, positions = rows_of_pages(size)
-    q, k, v = new_tokens(len(tables))
-    out = GatheredPages(cache, tables, shared, positions)(0, q, k, v)
-    newest = [table[p // size] for table, p in zip(tables, positions.tolist(), strict=True)]
-    assert torch.equal(cache.data[0, newest, positions % size], torch.stack((k, v), 1))
-    torch.testing.assert_close(out, plain(cache, tables, positions, q), atol=2e-6, rtol=0)
+    seqs = decoding_sequences(cache)
+    q, k, v = new_tokens(len(seqs))
+    out = GatheredDecode(cache, seqs)(0, q, k, v)
+    for i, seq in enumerate(seqs):
+        keys, values = cache.data[0, seq.block_table].flatten(0, 1)[: seq.num_cached_tokens].unbind(1)
+        assert torch.equal(keys[-1], k[i]) and torch.equal(values[-1], v[i])
+        plain = attention(q[i][None, None], keys[None], values[None])[0, 0]
+        torch.testing.assert_close(out[i], plain, atol=2e-6, rtol=0)
 
 
-def test_a_large_family_is_cut_and_stays_the_same():
-    cache = filled_cache(4)
-    tables = [[1, 2, 3 + row] for row in range(11)]
-    positions = torch.tensor([8 + row % 4 for row in range(11)])
-    q, k, v = new_tokens(11)
-    out = GatheredPages(cache, tables, [2] * 11, positions)(0, q, k, v)
-    torch.testing.assert_close(out, plain(cache, tables, positions, q), atol=2e-6, rtol=0)
+def flex_and_gathered(shape, like, size, more_groups, layer):
+    """Output of both, without padding, and both caches; the block table is padded as a decode graph pads it."""
+    caches = [filled_cache(size, 60 + 12 * more_groups, shape, like) for _ in range(2)]
+    seqs = decoding_sequences(caches[0], more_groups)
+    rows, padding = len(seqs), -len(seqs) % 8
+    q, k, v = new_tokens(rows + padding, shape, like)
+    positions = torch.tensor([seq.num_cached_tokens - 1 for seq in seqs] + [0] * padding, device=like.device)
+    table = torch.randint(0, caches[0].num_blocks, (rows + padding, caches[0].num_blocks + 1), dtype=torch.int32)
+    for line, seq in zip(table, seqs, strict=False):
+        line[: len(seq.block_table)] = torch.tensor(seq.block_table)  # anything may follow
+    table[rows:, 0] = 0
+    with torch.inference_mode():
+        fast = FlexDecode(caches[0], table.to(like.device), positions)(layer, q, k, v)
+        slow = GatheredDecode(caches[1], seqs)(layer, q[:rows], k[:rows], v[:rows])
+    assert fast.isfinite().all()
+    assert torch.equal(caches[0].data[:, 1:], caches[1].data[:, 1:])
+    return fast[:rows], slow
 
 
-def test_flex_attention_over_the_page_table_equals_gathered_pages():
-    size = 32
-    caches = [filled_cache(size), filled_cache(size)]
-    tables, shared, positions = rows_of_pages(size)
-    q, k, v = new_tokens(len(tables))
-    table = torch.zeros((len(tables), PAGES + 1), dtype=torch.int32)
-    for line, pages in zip(table, tables, strict=True):
-        line[: len(pages)] = torch.tensor(pages)
+@pytest.mark.slow
+def test_flex_decode_equals_gathered_decode():
     try:
-        with torch.inference_mode():
-            fast = FlexPages(caches[0], table, positions)(0, q, k, v)
+        fast, slow = flex_and_gathered(SHAPE, torch.zeros(1), size=32, more_groups=0, layer=1)
     except torch._inductor.exc.InductorError as error:  # there is no C++ compiler
         pytest.skip(f"torch.compile does not work here: {error}")
-    slow = GatheredPages(caches[1], tables, shared, positions)(0, q, k, v)
     torch.testing.assert_close(fast, slow, atol=2e-6, rtol=0)
-    assert torch.equal(caches[0].data, caches[1].data)
+
+
+@only_gpu
+@pytest.mark.parametrize("heads,kv_heads,dim,more_groups", GPU_CASES)
+def test_flex_decode_equals_gathered_decode_on_a_gpu(heads, kv_heads, dim, more_groups):
+    like = torch.zeros(1, dtype=torch.bfloat16, device="cuda")
+    fast, slow = flex_and_gathered((heads, kv_heads, dim), like, size=128, more_groups=more_groups, layer=1)
+    torch.testing.assert_close(fast, slow, atol=2e-2, rtol=2e-2)
 
 
 def test_a_prefill_in_spans_equals_one_causal_pass():
-    """A sequence in chunks of 5, 1 and 6 tokens, packed beside a whole one; its pages lie scattered."""
-    size, generator = 4, torch.Generator().manual_seed(2)
-    q, k, v = [torch.randn(12, heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    """A sequence in spans of 5, 1 and 6 tokens over scattered blocks, packed beside one in a single span."""
+    q, k, v = new_tokens(12)
     want = attention(q[None], k[None], v[None], causal=True)[0]
-    cache, table, out = filled_cache(size), [9, 2, 30], []
-    for start, count in ((0, 5), (5, 1), (6, 6)):
-        own = torch.arange(start, start + count)
-        places = torch.tensor(table)[own // size] * size + own % size
-        whole = torch.arange(12)
-        other = torch.tensor([11, 12, 13])[whole // size] * size + whole % size
-        spans = [PagedSpan(0, 12, 0, [11, 12, 13]), PagedSpan(12, count, start, table[: -(-(start + count) // size)])]
-        attend = PrefillAttention(cache, spans, torch.cat((other, places)))
-        both = attend(0, *(torch.cat((x, x[own])) for x in (q, k, v)))
+    cache, out = filled_cache(4), []
+    other = Sequence(SequenceGroup(0, [0] * 12), 0, 0, 99, block_table=[11, 12, 13])
+    for start, end in ((0, 5), (5, 6), (6, 12)):
+        seq = Sequence(SequenceGroup(0, [0] * end), 0, 0, 99, block_table=[9, 2, 30][: -(-end // 4)])
+        attend = PrefillAttention(cache, [Prefill(other, 0, 1), Prefill(seq, start, 1)])
+        both = attend(0, *(torch.cat((x, x[start:end])) for x in (q, k, v)))
         torch.testing.assert_close(both[:12], want, atol=2e-6, rtol=0)
         out.append(both[12:])
     torch.testing.assert_close(torch.cat(out), want, atol=2e-6, rtol=0)
+
+
+def test_the_size_of_the_cache():
+    model_config = config(*SHAPE)
+    token = kv_bytes_per_token(model_config, 4)
+    assert token == KVCache(model_config, 1, 16, torch.zeros(1)).data[:, 1:].nbytes // 16
+    plenty, third = 10**12, 3 * token * 16
+
+    def num_blocks(free_bytes, max_num_seqs, cache_tokens=0, lengths=((30, 10), (30, 20), (5, 3))):
+        return plan_cache(model_config, 4, free_bytes, 16, max_num_seqs, cache_tokens, lengths)
+
+    assert num_blocks(plenty, 3) == 3 + 4 + 1
+    assert num_blocks(plenty, 1) == 4 + 2  # the longest, and the longest prompt
+    assert num_blocks(5 * third, 3) == 5  # a third of the memory
+    assert num_blocks(0, 3, cache_tokens=163) == 10 and num_blocks(0, 3) == 1
+    assert num_blocks(plenty, 2, lengths=None) == 2 * 4096 // 16  # any call: the model's context
+    assert num_blocks(700 * third, 99, lengths=None) == 512  # a multiple of 256

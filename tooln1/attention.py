@@ -1,8 +1,8 @@
-"""The attentions the model is handed for whole sequences: one causal sequence, and packed groups that share a prompt.
+"""Attention of whole sequences: one causal sequence, and packed groups that share a prompt.
 
-Each is a callable `(layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]`, so the model itself never learns
-what a token may look at. On the CPU, and as the reference, they are plain `scaled_dot_product_attention`, which
-accumulates in at least fp32; on CUDA packed groups go through FlexAttention. Decoding is in paged_attention.py.
+Each is a callable `(layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]` that the model is called with, so the
+model does not know what a token attends to. On the CPU, and as the reference, they are `scaled_dot_product_attention`,
+which accumulates in at least fp32; on CUDA packed groups use FlexAttention. Decoding: sampler/paged_attention.py.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 
 class Segment(NamedTuple):
-    """A group in a packed stream: the prompt's tokens from `start` on, then each reply's, back to back."""
+    """A group in a packed stream: the prompt's tokens from `start` on, then those of each reply."""
 
     start: int  # offset in the stream
     prompt: int  # tokens of the prompt
-    replies: tuple[int, ...]  # tokens of each reply; () for a prompt alone
+    replies: tuple[int, ...]  # tokens of each reply; () for a prompt without replies
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v with grouped heads: q [B, Tq, H, D], k and v [B, Tk, K, D] -> [B, Tq, H, D]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    if grouped and mask is not None and q.is_cuda:  # no fused CUDA kernel takes both; the plain one writes all scores
+    if grouped and mask is not None and q.is_cuda:  # no fused CUDA kernel takes both; the plain one stores all scores
         k, v, grouped = *(x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v)), False
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
 
@@ -41,12 +41,12 @@ def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def packed_attention(segments: tuple[Segment, ...], device: torch.device) -> PackedAttention | FlexPackedAttention:
-    """The attention over a packed stream that is the faster one on `device`."""
+    """The faster attention over a packed stream on `device`."""
     return (FlexPackedAttention if device.type == "cuda" else PackedAttention)(segments, device)
 
 
 class PackedAttention:
-    """The stream is a row of groups; a reply sees its group's prompt and itself, never its siblings.
+    """The stream is a sequence of groups; a reply attends to its group's prompt and itself, not to its siblings.
 
     With prompt `a b` and replies `c d` and `e`, the stream a b c d e at positions 0 1 2 3 2 computes exactly what
     the two sequences `a b c d` and `a b e` would:
@@ -58,11 +58,11 @@ class PackedAttention:
         d   x x x x
         e   x x     x
 
-    A prompt is one causal call, its replies a few calls with a mask: as many of them together as stay short.
+    A prompt is one causal call, its replies are a few calls with a mask, each for at most BUNDLE tokens.
     """
 
     def __init__(self, segments: tuple[Segment, ...], device: torch.device | str):
-        # A group of one reply is one causal sequence: all of it counts as the prompt.
+        # A group of one reply is one causal sequence: treated as a prompt.
         segments = tuple(
             segment if len(segment.replies) > 1 else Segment(segment.start, segment.prompt + sum(segment.replies), ())
             for segment in segments
@@ -71,7 +71,7 @@ class PackedAttention:
         self.sizes = [size for prompt, bundles in self.bundles for size in (prompt, *(len(mask) for mask in bundles))]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # One split, not a slice per call: each slice's gradient would be a zero-filled copy of the whole stream.
+        # One split instead of slices: the gradient of each slice would be a zero-filled copy of the whole stream.
         pieces = zip(*(x.split(self.sizes) for x in (q, k, v)), strict=True)
         out = []
         for _, bundles in self.bundles:
@@ -84,11 +84,11 @@ class PackedAttention:
         return torch.cat(out)  # [T, H, D]
 
 
-BUNDLE = 640  # tokens of replies in one call: each is weighed against all of them, whoever's they are
+BUNDLE = 640  # tokens of replies in one call: scores of all pairs are computed, the mask drops most of them
 
 
 def _bundles(segment: Segment, device: torch.device | str) -> list[Tensor]:
-    """The replies in runs of at most BUNDLE tokens (a longer one alone), each as its mask [n, P + n]."""
+    """The masks [n, P + n] of runs of replies with n tokens, at most BUNDLE or a single reply."""
     runs: list[list[int]] = []
     for length in segment.replies:
         if not runs or sum(runs[-1]) + length > BUNDLE:
@@ -97,21 +97,21 @@ def _bundles(segment: Segment, device: torch.device | str) -> list[Tensor]:
     masks = []
     for run in runs:
         reply = torch.arange(len(run), device=device).repeat_interleave(torch.tensor(run, device=device))
-        own = (reply[:, None] == reply).tril()  # [n, n] each reply causally, and only itself
+        own = (reply[:, None] == reply).tril()  # [n, n] causal within each reply
         masks.append(F.pad(own, (segment.prompt, 0), value=True))
     return masks
 
 
 # ------------------------------------------------------------------------------------------------ FlexAttention
 
-BLOCK = 128  # tokens of a block that FlexAttention takes or leaves as a whole
-FLEX_TOKENS = 4096  # streams are padded to it, or twice, four times, ... as much: few lengths, so few compilations
+BLOCK = 128  # tokens of a block that FlexAttention computes or skips
+FLEX_TOKENS = 4096  # streams are padded to this or the next power of two: few lengths, so few compilations
 
 
 class FlexPackedAttention:
-    """What PackedAttention computes, as one FlexAttention call whose block mask is read off the segments.
+    """What PackedAttention computes, as one FlexAttention call whose block mask is made from the segments.
 
-    The stream is padded in here, which costs little: a padding token sees itself only.
+    The stream is padded here, which costs little: a padding token attends only to itself.
     """
 
     def __init__(self, segments: tuple[Segment, ...], device: torch.device | str):
@@ -122,15 +122,16 @@ class FlexPackedAttention:
         group = np.concatenate((group, len(segments) + np.arange(self.padding)))
         reply = np.concatenate((reply, last + 1 + np.arange(self.padding)))
         blocks = _blocks(group.reshape(-1, BLOCK), reply.reshape(-1, BLOCK))
-        counts, indices = (torch.from_numpy(x).to(device, torch.int32)[None, None] for x in _listed(blocks))
+        listed = blocks.sum(1), np.argsort(~blocks, axis=1, kind="stable")  # how many each row has, and these first
+        counts, indices = (torch.from_numpy(x).to(device, torch.int32)[None, None] for x in listed)
         group, reply = (torch.from_numpy(x).to(device, torch.int32) for x in (group, reply))
 
-        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             same = (group[query] == group[key]) & ((reply[key] == PROMPT) | (reply[key] == reply[query]))
             return same & (query >= key)
 
         size = (self.length, self.length)
-        self.mask = BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=size)
+        self.mask = BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=size)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, self.padding)).transpose(0, 1)[None] for x in (q, k, v))  # [1, H, T', D]
@@ -138,11 +139,11 @@ class FlexPackedAttention:
         return out[0].transpose(0, 1)[: self.length - self.padding]  # [T, H, D]
 
 
-PROMPT = -1  # in place of a reply's number
+PROMPT = -1  # stands for the number of a reply where a token belongs to the prompt
 
 
 def _owners(segments: tuple[Segment, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each token of the stream, the number of its group and that of its reply (counted on over all groups)."""
+    """For each token of the stream the number of its group and of its reply (numbered through all groups)."""
     group, reply, number = [], [], 0
     for i, segment in enumerate(segments):
         group.append(np.full(segment.prompt + sum(segment.replies), i))
@@ -156,9 +157,9 @@ def _owners(segments: tuple[Segment, ...]) -> tuple[np.ndarray, np.ndarray]:
 def _blocks(group: np.ndarray, reply: np.ndarray) -> np.ndarray:
     """Which blocks of keys a block of queries may need, bool [n, n], from the owners of their tokens [n, BLOCK].
 
-    Never too few; a block too many costs time only, for the mask has the last word.
+    Never too few; a block too many only costs time, because the mask is applied inside it.
     """
-    first, last = group[:, 0], group[:, -1]  # groups lie in order
+    first, last = group[:, 0], group[:, -1]  # groups are in order
     own = np.where(reply == PROMPT, reply.max() + 1, reply).min(1), reply.max(1)  # range of the replies in a block
     same_group = (first[:, None] <= last) & (first <= last[:, None])
     same_reply = (own[0][:, None] <= own[1]) & (own[0] <= own[1][:, None])
@@ -166,14 +167,9 @@ def _blocks(group: np.ndarray, reply: np.ndarray) -> np.ndarray:
     return same_group & (same_reply | prompt) & np.tri(len(group), dtype=bool)
 
 
-def _listed(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many blocks each row of `blocks` has, and which, first those that are there."""
-    return blocks.sum(1), np.argsort(~blocks, axis=1, kind="stable")
-
-
 @cache
 def compiled_flex_attention() -> Callable:
-    """FlexAttention, compiled for each set of shapes that it meets."""
+    """FlexAttention, compiled for each new set of shapes."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it would go on unfused, and silently slow
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it would continue unfused, slow without a message
     return torch.compile(flex_attention, dynamic=False)

@@ -128,7 +128,7 @@ def save(run: Run, may_fail: bool = False) -> None:
     """Write a checkpoint of the steps done. One that `may_fail` is tried again after the next step, a few times."""
     config, world, folder = run.config, run.world, Path(run.config.run_dir) / CHECKPOINTS
     run.turn_to(f"step {run.done}, save")
-    notes = run.notes | {"bad_steps": run.bad_steps, "cache_tokens": world.gather([run.sampler.affordable])}
+    notes = run.notes | {"bad_steps": run.bad_steps, "free_bytes": world.gather([run.sampler.free_bytes])}
     try:
         world.run_on_all_ranks(run.log.flush, "the logs could not be written")
         save_checkpoint(folder, run.done, run.policy, run.optimizer, world, notes)
@@ -153,7 +153,7 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
     run.done, run.bad_steps = checkpoint.step, 0 if run.config.allow_changes else notes.get("bad_steps", 0)
     run.saved = run.done if is_in(checkpoint.path, Path(run.config.run_dir)) else 0
     if checkpoint.ranks == run.world.size:  # the same cache, so that the same replies are sampled side by side
-        run.sampler.affordable = notes.get("cache_tokens", {run.world.rank: None})[run.world.rank]
+        run.sampler.free_bytes = notes.get("free_bytes", {run.world.rank: None})[run.world.rank]
     aside = run.world.run_on_all_ranks(
         lambda: set_aside(folder, run.done) if run.world.is_main else [], f"{folder}: renaming"
     )

@@ -1,4 +1,4 @@
-"""Data-parallel sampling: prompts shared out over ranks by expected cost, all rollouts on every rank afterwards."""
+"""Data-parallel sampling: prompts distributed over ranks by expected cost, all rollouts on every rank afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tooln1.sampler.sampler import Sampler
 
 
 def balance_by_cost(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Share out things of these costs: the costliest first, each to the rank that has the least so far."""
+    """Indices of `costs` for each rank: the costliest first, each to the rank with the least cost so far."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     load = [0.0] * ranks
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
@@ -32,20 +32,19 @@ def generate_distributed(
     on_finished: Callable[[Rollout], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     check: Callable[[], None] = lambda: None,
-    **how,
+    **sampling,
 ) -> list[Rollout]:
-    """`sampler.generate` with the prompts dealt over ranks; every rank gets all rollouts, in prompt order.
+    """`sampler.generate` with the prompts distributed over ranks; every rank returns all rollouts, in prompt order.
 
-    max_new_tokens: one number, or one per prompt. on_finished: is handed each of this rank's own as soon as it ends.
-    Ranks sample without waiting for each other; they meet when all replies are there. What the sampler refuses is a
-    UserError here. `should_stop` ends a rank's sampling early; `check` is called on all ranks
-    afterwards, and raises on all where one was stopped.
+    max_new_tokens: one number, or one per prompt. on_finished: gets each of this rank's replies as it finishes.
+    should_stop: ends this rank's sampling early. check: called on all ranks afterwards, raises on all if one stopped.
+    Ranks do not wait for each other before that. Raises UserError for what the sampler refuses.
     """
-    caps = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    expected = [len(prompt) + group_size * cap for prompt, cap in zip(prompts, caps, strict=True)]
-    mine = balance_by_cost(expected, world.size)[world.rank]  # like counts first, then lengths
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    costs = [len(prompt) + group_size * limit for prompt, limit in zip(prompts, limits, strict=True)]
+    mine = balance_by_cost(costs, world.size)[world.rank]
 
-    def of_all(rollout: Rollout) -> Rollout:
+    def with_global_group(rollout: Rollout) -> Rollout:
         return replace(rollout, group=mine[rollout.group])
 
     try:
@@ -53,13 +52,13 @@ def generate_distributed(
             [prompts[i] for i in mine],
             keys=[keys[i] for i in mine],
             group_size=group_size,
-            max_new_tokens=[caps[i] for i in mine],
-            **how,
-            on_finished=on_finished and (lambda rollout: on_finished(of_all(rollout))),
+            max_new_tokens=[limits[i] for i in mine],
+            on_finished=on_finished and (lambda rollout: on_finished(with_global_group(rollout))),
             should_stop=should_stop,
+            **sampling,
         )
     except ValueError as error:
         raise UserError(f"sampling: {error}") from error
     check()
-    rollouts = world.gather([of_all(rollout) for rollout in rollouts])
+    rollouts = world.gather([with_global_group(rollout) for rollout in rollouts])
     return sorted(rollouts, key=lambda rollout: (rollout.group, rollout.sample))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +38,7 @@ def uniforms(streams: Tensor, positions: Tensor) -> Tensor:
     return (((_hash(streams, positions) >> 41) & 0x7FFFFF).to(torch.float32) + 0.5) / (1 << 23)
 
 
-def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+def apply_top_k_top_p(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """-inf for every logit [B, V] outside the `top_k` largest (0: off) or the smallest set of mass `top_p` (1: off)."""
     if top_k > 0:
         least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
@@ -49,10 +51,20 @@ def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits
 
 
-def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+class SamplingParams(NamedTuple):
+    """How logits become tokens."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+def sample_tokens(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor]:
     """Token [B] and its log-probability [B] from fp32 logits [B, V] and one uniform number per row [B].
 
-    Temperature 0 is greedy (first of equals), with log-probs at temperature 1. The draw is the first token whose
+    Temperature 0 is greedy (first of equals), with log-probs at temperature 1. Else it is the first token whose
     cumulated probability exceeds the uniform number.
     """
     logprobs = F.log_softmax(logits / (temperature or 1.0), dim=-1)
@@ -60,7 +72,7 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_
         token = logits.argmax(-1)
     else:
         unrestricted = top_k == 0 and top_p == 1
-        probs = logprobs.exp() if unrestricted else restrict(logprobs, top_k, top_p).softmax(-1)
+        probs = logprobs.exp() if unrestricted else apply_top_k_top_p(logprobs, top_k, top_p).softmax(-1)
         cdf = probs.cumsum(-1)  # [B, V]
         total = cdf[:, -1]
         below = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))

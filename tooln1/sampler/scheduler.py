@@ -1,313 +1,313 @@
-"""Which reply runs when, and in which pages of the key/value cache: plain integers, no tensor is touched here.
+"""Which sequence runs when, and in which blocks of the key/value cache: plain integers, no tensors.
 
-    schedule       what to run next: prompts (and rows put back earlier) as one packed prefill, else one decode step
-    postprocess    take in the drawn tokens; rows that have ended leave, and their places are free at once
+    schedule       the next step: waiting prompts and preempted sequences as one packed prefill, else one decode step
+    postprocess    append the sampled tokens; finished sequences free their blocks at once
 
-A prompt of 2½ pages and its five replies; `=` is shared, `'` a copy of the half-filled page:
+A prompt of 2½ blocks and its five replies; `=` is shared, `'` a copy of the partly filled block:
 
     prompt    [ p0 ][ p1 ][ p2  ]                       prefilled once
-    reply 0   [ p0=][ p1=][ p2 ··][ ···· ]              goes on in the prompt's own last page
+    reply 0   [ p0=][ p1=][ p2 ··][ ···· ]              continues in the prompt's own last block
     reply 1   [ p0=][ p1=][ p2'··][ ···· ][ ·· ]
     reply 2   [ p0=][ p1=][ p2'· ]
     ...
 
-Nothing is set aside for the cap on a reply: a row takes a page when it has filled the last one. When the pool is empty
-the youngest row is put back; it keeps its tokens and computes their keys and values again when it returns.
+No blocks are reserved for max_new_tokens: a sequence takes a block when its last one is full. When no block is free the
+youngest sequence is preempted; it keeps its tokens and recomputes their keys and values when it resumes.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NamedTuple
 
 
-class PagePool:
-    """Counts who uses each page. Page 0 is never handed out: padding reads and writes there."""
+class Status(Enum):
+    """The state of a sequence."""
 
-    def __init__(self, pages: int, page_size: int):
-        self.pages, self.page_size = pages, page_size
-        self.free = list(range(pages, 0, -1))
-        self.users = [0] * (pages + 1)
-        self.peak = 0  # most pages ever in use at once
-
-    def pages_for(self, tokens: int) -> int:
-        """Pages that hold so many tokens."""
-        return -(-tokens // self.page_size)
-
-    def take(self, count: int) -> list[int]:
-        """So many free pages, each with one user. The caller has made sure that there are enough."""
-        taken = [self.free.pop() for _ in range(count)]
-        self.share(taken)
-        self.peak = max(self.peak, self.pages - len(self.free))
-        return taken
-
-    def share(self, pages: Iterable[int]) -> None:
-        """One more user for each page."""
-        for page in pages:
-            self.users[page] += 1
-
-    def give_back(self, pages: Iterable[int]) -> None:
-        """One user less for each page; one that nobody uses is free."""
-        for page in pages:
-            self.users[page] -= 1
-            if self.users[page] == 0:
-                self.free.append(page)
+    WAITING = auto()  # has never had blocks
+    RUNNING = auto()
+    PREEMPTED = auto()  # lost its blocks, waits to resume
+    FINISHED = auto()
 
 
 @dataclass(eq=False)
-class Group:
-    """A prompt and the replies it is to have."""
+class SequenceGroup:
+    """A prompt and the replies to sample for it."""
 
-    number: int  # which prompt of the call
+    index: int  # which prompt of the call
     prompt: list[int]  # token ids
-    rows: list[Row] = field(default_factory=list)
-    held: list[int] = field(default_factory=list)  # the prompt's pages, kept for rows that have not started yet
-    running: dict[Row, None] = field(default_factory=dict)  # rows with pages, the eldest first
+    seqs: list[Sequence] = field(default_factory=list)
+    prompt_blocks: list[int] = field(default_factory=list)  # the prompt's blocks, kept for sequences yet to start
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(seq.status is Status.WAITING for seq in self.seqs)
 
 
 @dataclass(eq=False)
-class Row:
-    """One reply on its way."""
+class Sequence:
+    """One reply being sampled."""
 
-    group: Group
-    sample: int  # which of the group's replies
-    cap: int  # most tokens it may have
+    group: SequenceGroup
+    index: int  # which reply of the call
+    sample: int  # which reply of the group
+    max_new_tokens: int
     stream: int = 0  # of its random numbers
-    reply: list[int] = field(default_factory=list)  # its tokens so far
+    reply: list[int] = field(default_factory=list)  # token ids so far
     logprobs: list[float] = field(default_factory=list)
-    drawn: int = 0  # tokens drawn, those included that have not come back from the device yet
-    cached: int = 0  # tokens, of prompt and reply together, whose keys and values are in `pages`
-    pages: list[int] = field(default_factory=list)
-    slot: int = -1  # its place in the sampler's tables; -1: it has none, and no pages
-    started: bool = False  # has had pages before
-    done: bool = False
-    finished: bool = False  # ended with a stop token
+    status: Status = Status.WAITING
+    stopped: bool = False  # finished with a stop token
+    num_sampled: int = 0  # tokens sampled, including those that have not come back from the device yet
+    num_cached_tokens: int = 0  # tokens, of prompt and reply together, whose keys and values are in its blocks
+    block_table: list[int] = field(default_factory=list)
 
     @property
-    def settled(self) -> bool:
-        """Whether all its drawn tokens are known here."""
-        return self.drawn == len(self.reply)
+    def token_ids(self) -> list[int]:
+        """Prompt and reply."""
+        return self.group.prompt + self.reply
 
     @property
-    def known(self) -> int:
-        """Tokens of prompt and reply that are known here."""
+    def num_tokens(self) -> int:
         return len(self.group.prompt) + len(self.reply)
 
-    def tokens(self, start: int, count: int) -> list[int]:
-        """So many of its token ids from `start` on, counted from the prompt's first."""
-        prompt = self.group.prompt
-        return (prompt if start + count <= len(prompt) else prompt + self.reply)[start : start + count]
+
+class BlockManager:
+    """Reference counts of the cache's blocks 1 .. num_blocks. Block 0 is never allocated: padding uses it."""
+
+    def __init__(self, num_blocks: int, block_size: int):
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.free_blocks = list(range(num_blocks, 0, -1))
+        self.ref_count = [0] * (num_blocks + 1)
+        self.peak = 0  # most blocks ever in use at once
+
+    def can_allocate(self, seq: Sequence, reserve: int = 0) -> bool:
+        """Whether there are blocks for the tokens of `seq`, so that `reserve` blocks stay free."""
+        shared, _, _ = self._prompt_blocks(seq.group)
+        return self._num_blocks(seq) - len(shared) + reserve <= len(self.free_blocks)
+
+    def allocate(self, seq: Sequence) -> list[tuple[int, int]]:
+        """Give `seq` blocks for its tokens, full blocks of the prompt shared with its group.
+
+        Returns the (from, to) copy of a partly filled block, if there is one. The sequence that computed the prompt
+        goes on writing in the source, behind the tokens that the copy needs.
+        """
+        shared, seq.num_cached_tokens, partial = self._prompt_blocks(seq.group)
+        self.share(shared)
+        seq.block_table = shared + self._take(self._num_blocks(seq) - len(shared))
+        return [] if partial is None else [(partial, seq.block_table[len(shared)])]
+
+    def can_append(self, seq: Sequence) -> bool:
+        """Whether there is space for one more token of `seq`."""
+        return bool(self.free_blocks) or seq.num_cached_tokens < len(seq.block_table) * self.block_size
+
+    def append(self, seq: Sequence) -> None:
+        if seq.num_cached_tokens == len(seq.block_table) * self.block_size:
+            seq.block_table += self._take(1)
+        seq.num_cached_tokens += 1
+
+    def share(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self.ref_count[block] += 1
+
+    def free(self, blocks: list[int]) -> None:
+        """Remove one reference to each block; a block without any is free."""
+        for block in blocks:
+            self.ref_count[block] -= 1
+            if self.ref_count[block] == 0:
+                self.free_blocks.append(block)
+
+    def _take(self, count: int) -> list[int]:
+        blocks = [self.free_blocks.pop() for _ in range(count)]
+        self.share(blocks)
+        self.peak = max(self.peak, self.num_blocks - len(self.free_blocks))
+        return blocks
+
+    def _num_blocks(self, seq: Sequence) -> int:
+        return -(-seq.num_tokens // self.block_size)
+
+    def _prompt_blocks(self, group: SequenceGroup) -> tuple[list[int], int, int | None]:
+        """Full blocks of the prompt that can be shared, the prompt tokens cached so, and a partly filled block."""
+        num_full = len(group.prompt) // self.block_size
+        if group.prompt_blocks:
+            return group.prompt_blocks[:num_full], len(group.prompt), (group.prompt_blocks[num_full:] or [None])[0]
+        for sibling in group.seqs:
+            if sibling.status is Status.RUNNING:  # all that run share the same blocks
+                return sibling.block_table[:num_full], num_full * self.block_size, None
+        return [], 0, None
 
 
-@dataclass(frozen=True)
-class Span:
-    """Tokens of one row that a prefill computes."""
+class Prefill(NamedTuple):
+    """A sequence whose tokens are computed from position `start` on; `num_samples` sequences sample where it ends."""
 
-    row: Row
-    start: int  # position of the first
-    count: int
-    draws: list[Row]  # rows that draw their next token where the span ends: a group's all, one that returns, or none
+    seq: Sequence
+    start: int
+    num_samples: int
 
 
 @dataclass(frozen=True)
 class Step:
-    """What to run next: `copies` and `known` first, then the spans of a prefill or the rows of a decode step."""
+    """What to run next: copies of blocks, then a packed prefill if there are any, else a decode step of `seqs`."""
 
-    copies: list[tuple[int, int]] = field(default_factory=list)  # (from page, to page)
-    known: list[tuple[int, int]] = field(default_factory=list)  # (slot, token): what a starting row goes on from
-    spans: list[Span] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-
-    @property
-    def draws(self) -> list[Row]:
-        """The rows that draw a token, in the order of the results."""
-        return self.rows or [row for span in self.spans for row in span.draws]
+    copies: list[tuple[int, int]] = field(default_factory=list)  # (from block, to block)
+    prefills: list[Prefill] = field(default_factory=list)
+    seqs: list[Sequence] = field(default_factory=list)  # sample a token each, in the order of the results
 
 
 @dataclass
 class Stats:
-    """What sampling took."""
+    """Counts of one call."""
 
     prefilled: int = 0  # prompt tokens computed for the first time
-    recomputed: int = 0  # tokens computed once more for rows that were put back
-    decoded: int = 0  # tokens computed one a row
-    steps: int = 0  # decode steps
+    recomputed: int = 0  # tokens computed again for preempted sequences
     preemptions: int = 0
-    peak_pages: int = 0
+    peak_blocks: int = 0
 
 
 class Scheduler:
-    """Continuous batching over `slots` rows and the pages of `pool`; a prefill computes at most `budget` tokens.
+    """Continuous batching: at most `max_num_seqs` run, a prefill is full when it has `max_prefill_tokens` or more.
 
-    A group starts with its first row, which prefills the prompt; at its end every row of the group draws its first
-    token. The others then start on the same pages. Rows start in order, and the youngest is the first to be put back.
+    The first sequence of a group prefills the prompt; where it ends every sequence of the group samples its first
+    token. The others then start on the same blocks. Sequences start in order; the youngest is preempted first.
     """
 
-    def __init__(self, groups: Sequence[Group], pool: PagePool, slots: int, budget: int):
-        self.pool, self.budget = pool, budget
-        self.free_slots = list(range(slots - 1, -1, -1))
-        self.waiting = deque(group.rows[0] for group in groups)
-        self.prefilling: deque[Row] = deque()  # have pages, but not yet all their known tokens in them
-        self.running: dict[Row, None] = {}  # draw one token a step, the eldest first
-        self.holding: dict[Group, None] = {}  # keep their prompt's pages for rows that are to start
-        self.unfinished = sum(len(group.rows) for group in groups)
+    def __init__(
+        self,
+        groups: list[SequenceGroup],
+        blocks: BlockManager,
+        max_num_seqs: int,
+        max_prefill_tokens: int,
+        stop_ids: Collection[int],
+    ):
+        self.blocks, self.stop_ids = blocks, stop_ids
+        self.max_num_seqs, self.max_prefill_tokens = max_num_seqs, max_prefill_tokens
+        self.waiting = deque(group.seqs[0] for group in groups)
+        self.running: dict[Sequence, None] = {}  # an ordered set, the eldest first
+        self.starting: dict[SequenceGroup, None] = {}  # groups that keep prompt_blocks; an ordered set
+        self.num_unfinished = sum(len(group.seqs) for group in groups)
         self.stats = Stats()
 
-    # -------------------------------------------------------------------------------------------- schedule
-
     def schedule(self) -> Step | None:
-        """The next step; None: nothing can run before the results of earlier ones are in, or nothing is left."""
-        step = Step()
-        budget = self.budget
-        while budget:
-            if self.prefilling:
-                budget -= self._prefill(self.prefilling[0], budget, step)
-            elif not (self.waiting and self._start(self.waiting[0], step)):
+        """The next step; None: nothing can run before results of earlier steps come back, or nothing is left."""
+        step, budget = Step(), self.max_prefill_tokens
+        while self.waiting and budget > 0:
+            if self._can_start(self.waiting[0]):
+                budget -= self._start(self.waiting.popleft(), step)
+            elif self.starting and not self.running:  # no sequence is there whose end would free blocks
+                self._release_prompt(next(reversed(self.starting)))
+            else:
                 break
-        if not step.spans:
-            for row in list(self.running):
-                self._decode(row, step)
-            self.stats.steps += bool(step.rows)
-        self.stats.peak_pages = self.pool.peak
-        return step if step.draws or step.spans else None
+        if not step.prefills:
+            for seq in list(self.running):
+                self._decode(seq, step)
+        self.stats.peak_blocks = self.blocks.peak
+        return step if step.seqs else None
 
-    def _start(self, row: Row, step: Step) -> bool:
-        """Give the first of the waiting rows a slot and its pages; whether that could be."""
-        pool, group, fresh = self.pool, row.group, row.drawn == 0
-        expected = sum(_unstarted(other) for other in self.holding) if fresh else 0  # will need slots and pages soon
-        if not row.settled or len(self.free_slots) <= expected:
+    def _can_start(self, seq: Sequence) -> bool:
+        """Whether `seq` may run and there are blocks for it.
+
+        Sequences of groups that have begun come first. A block for each that runs or is about to stays free, so that
+        the new one is not preempted at once.
+        """
+        if seq.num_sampled > len(seq.reply):  # the last token has not come back yet
             return False
-        # Pages to leave free, lest the newcomer be put back at once: one for each row that runs or is about to. With
-        # nobody running there is nobody to wait for.
-        spare = expected + len(self.running) if self.running else 0
-        while True:
-            shared, cached, half = self._prompt_pages(group)
-            need = pool.pages_for(row.known) - len(shared)
-            if need + spare <= len(pool.free):
-                break
-            if self.running or not self.holding:
-                return False
-            self._release(next(reversed(self.holding)))
-        pool.share(shared)
-        row.pages = shared + pool.take(need)
-        if half is not None:  # the first row writes on in that page: what it adds is behind what the copy may see
-            step.copies.append((half, row.pages[len(shared)]))
-        row.cached, row.slot, row.started = cached, self.free_slots.pop(), True
-        group.running[row] = None
-        self.waiting.popleft()
-        if fresh and _unstarted(group):
-            group.held = list(row.pages)
-            pool.share(group.held)
-            self.holding[group] = None
-        if row.reply and row.known - row.cached == 1:
-            step.known.append((row.slot, row.reply[-1]))
-            self.running[row] = None
-        else:
-            self.prefilling.append(row)
+        expected = sum(group.num_waiting for group in self.starting) if seq.num_sampled == 0 else 0
+        reserve = expected + len(self.running) if self.running else 0
+        return len(self.running) + expected < self.max_num_seqs and self.blocks.can_allocate(seq, reserve)
+
+    def _start(self, seq: Sequence, step: Step) -> int:
+        """Give `seq` blocks, and add it to the prefill if more than its last token is to compute; returns how many."""
+        group, is_new = seq.group, seq.num_sampled == 0
+        step.copies.extend(self.blocks.allocate(seq))
+        seq.status = Status.RUNNING
+        self.running[seq] = None
+        if is_new and group.num_waiting:
+            group.prompt_blocks = list(seq.block_table)
+            self.blocks.share(group.prompt_blocks)
+            self.starting[group] = None
         self._release_if_all_started(group)
-        return True
-
-    def _prompt_pages(self, group: Group) -> tuple[list[int], int, int | None]:
-        """Pages of the group's prompt that another row may share, the tokens they save it, and a half-filled page."""
-        prompt, size = len(group.prompt), self.pool.page_size
-        full = prompt // size
-        if group.held:
-            return group.held[:full], prompt, group.held[full] if prompt % size else None
-        if group.running:
-            return next(iter(group.running)).pages[:full], full * size, None
-        return [], 0, None
-
-    def _prefill(self, row: Row, budget: int, step: Step) -> int:
-        """Add as much of the row's known tokens to the step as the budget allows; how many that is."""
-        fresh, count = row.drawn == 0, min(budget, row.known - row.cached)
-        draws = []
-        if row.cached + count == row.known:
-            self.prefilling.popleft()
-            self.running[row] = None
-            draws = row.group.rows if fresh else [row]
-        step.spans.append(Span(row, row.cached, count, draws))
-        row.cached += count
-        for drawing in draws:
-            drawing.drawn += 1
-        if fresh:
-            self.stats.prefilled += count
-        else:
-            self.stats.recomputed += count
+        start, count = seq.num_cached_tokens, seq.num_tokens - seq.num_cached_tokens
+        if seq.reply and count == 1:
+            return 0
+        samples = group.seqs if is_new else [seq]
+        step.prefills.append(Prefill(seq, start, len(samples)))
+        step.seqs.extend(samples)
+        seq.num_cached_tokens += count
+        for sampling in samples:
+            sampling.num_sampled += 1
+        self.stats.prefilled += count * is_new
+        self.stats.recomputed += count * (not is_new)
         return count
 
-    def _decode(self, row: Row, step: Step) -> None:
-        """Let a running row draw one more token, if it may and if there is a page for it."""
-        if row not in self.running or row.drawn >= row.cap:  # put back just now; its last token is on its way
+    def _decode(self, seq: Sequence, step: Step) -> None:
+        """Add `seq` to the decode step, preempting the youngest sequences while there is no block for its token."""
+        if seq not in self.running or seq.num_sampled == seq.max_new_tokens:  # preempted, or its last is being sampled
             return
-        if row.cached == len(row.pages) * self.pool.page_size:
-            while not self.pool.free:
-                if self.holding:
-                    self._release(next(reversed(self.holding)))
-                else:
-                    self._put_back(youngest := next(reversed(self.running)))
-                    if youngest is row:
-                        return
-            row.pages += self.pool.take(1)
-        row.cached += 1
-        row.drawn += 1
-        step.rows.append(row)
-        self.stats.decoded += 1
+        while not self.blocks.can_append(seq):
+            if self.starting:
+                self._release_prompt(next(reversed(self.starting)))
+                continue
+            youngest = next(reversed(self.running))
+            self._preempt(youngest)
+            if youngest is seq:
+                return
+        self.blocks.append(seq)
+        seq.num_sampled += 1
+        step.seqs.append(seq)
 
-    def _put_back(self, row: Row) -> None:
-        """Take the row's pages and slot; it waits to start again."""
-        self._leave(row)
-        self.waiting.appendleft(row)
+    def postprocess(self, seqs: list[Sequence], tokens: list[int], logprobs: list[float]) -> list[Sequence]:
+        """Append the sampled tokens to their sequences; returns those that finish, by a stop token or the limit.
+
+        Raises ValueError for a log-prob that is not finite.
+        """
+        finished, to_start = [], []
+        for seq, token, logprob in zip(seqs, tokens, logprobs, strict=True):
+            if seq.status is Status.FINISHED:  # one step more was launched before its stop token came back
+                continue
+            if not math.isfinite(logprob):
+                where = f"token {len(seq.reply)} of reply {seq.sample} to prompt {seq.group.index}"
+                raise ValueError(f"the model's logits are not finite at {where}; are its weights?")
+            seq.reply.append(token)
+            seq.logprobs.append(logprob)
+            seq.stopped = token in self.stop_ids
+            if seq.stopped or len(seq.reply) == seq.max_new_tokens:
+                self._finish(seq)
+                finished.append(seq)
+            elif seq.status is Status.WAITING:
+                to_start.append(seq)
+        self.waiting.extendleft(reversed(to_start))
+        self.num_unfinished -= len(finished)
+        return finished
+
+    def _finish(self, seq: Sequence) -> None:
+        if seq.status is Status.RUNNING:
+            self._free(seq)
+        elif seq.status is Status.PREEMPTED:  # while its last token was being sampled
+            self.waiting.remove(seq)
+        seq.status = Status.FINISHED
+        self._release_if_all_started(seq.group)
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Free the sequence's blocks; it is the next to start."""
+        self._free(seq)
+        seq.status = Status.PREEMPTED
+        self.waiting.appendleft(seq)
         self.stats.preemptions += 1
 
-    # -------------------------------------------------------------------------------------------- postprocess
+    def _free(self, seq: Sequence) -> None:
+        self.blocks.free(seq.block_table)
+        seq.block_table, seq.num_cached_tokens = [], 0
+        self.running.pop(seq)
 
-    def postprocess(
-        self, draws: Sequence[Row], tokens: Sequence[int], logprobs: Sequence[float], stops: Collection[int]
-    ) -> list[Row]:
-        """Append the drawn tokens to their rows; those that have ended with that, by a stop token or the cap."""
-        ended, to_start = [], []
-        for row, token, logprob in zip(draws, tokens, logprobs, strict=True):
-            if row.done:  # it was computed once more before its stop token was seen
-                continue
-            row.reply.append(token)
-            row.logprobs.append(logprob)
-            row.finished = token in stops
-            if row.finished or len(row.reply) == row.cap:
-                self._end(row)
-                ended.append(row)
-            elif not row.started:
-                to_start.append(row)
-        self.waiting.extendleft(reversed(to_start))
-        self.unfinished -= len(ended)
-        return ended
+    def _release_prompt(self, group: SequenceGroup) -> None:
+        """Keep the prompt's blocks no longer for sequences to come; those that run keep what they share."""
+        self.blocks.free(group.prompt_blocks)
+        group.prompt_blocks = []
+        self.starting.pop(group)
 
-    def _end(self, row: Row) -> None:
-        row.done = True
-        if row.slot >= 0:
-            self._leave(row)
-        elif row.started:  # it was put back with its last token on the way
-            self.waiting.remove(row)
-        self._release_if_all_started(row.group)
-
-    def _leave(self, row: Row) -> None:
-        self.pool.give_back(row.pages)
-        self.free_slots.append(row.slot)
-        row.pages, row.cached, row.slot = [], 0, -1
-        self.running.pop(row)
-        row.group.running.pop(row)
-
-    def _release(self, group: Group) -> None:
-        """Keep the prompt's pages no longer for rows to come; what running rows share of them stays."""
-        self.pool.give_back(group.held)
-        group.held = []
-        self.holding.pop(group)
-
-    def _release_if_all_started(self, group: Group) -> None:
-        if group in self.holding and not _unstarted(group):
-            self._release(group)
-
-
-def _unstarted(group: Group) -> int:
-    """Rows of the group that are yet to have their first page."""
-    return sum(not (row.started or row.done) for row in group.rows)
+    def _release_if_all_started(self, group: SequenceGroup) -> None:
+        if group in self.starting and not group.num_waiting:
+            self._release_prompt(group)
