@@ -107,8 +107,8 @@ def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> lis
             top_k=config.top_k,
             max_new_tokens=config.max_reply_tokens,
             on_finished=lambda rollout: bar.update(run.world.size),
-            should_stop=run.request.asked,
-            check=run.request.check,
+            should_stop=run.stop_request.asked,
+            check=run.stop_request.check,
         )
 
 
@@ -129,7 +129,7 @@ def log_probs(run: Run, batches: list[PackedBatch], metrics: Metrics) -> list[Pa
     config = run.config
     metrics.add_tokens("logprobs", sum(len(batch.tokens) for batch in batches))
     batches, sums = add_logprobs(
-        batches, run.policy, run.reference, config.temperature, config.logprob_chunk_tokens, run.request.check
+        batches, run.policy, run.reference, config.temperature, config.logprob_chunk_tokens, run.stop_request.check
     )
     metrics.add_means(sums)
     return batches
@@ -140,19 +140,19 @@ def update(
 ) -> None:
     """One optimizer step on a mini-batch; one whose loss or gradient is not finite is skipped, counted and kept."""
     config = run.config
-    check = run.request.check if run.intact else lambda: None
+    check = run.stop_request.check if run.can_abandon_step else lambda: None
     rate = scheduled_learning_rate(step, run.steps, config.learning_rate, config.lr_schedule, config.warmup_ratio)
     result = optimizer_step(
         run.policy, run.optimizer, batches, run.loss, total, config.max_grad_norm, rate, run.world.all_reduce, check
     )
-    run.intact = False
+    run.can_abandon_step = False
     run.bad_steps = 0 if result.applied else run.bad_steps + 1
     if not result.applied:
         save_skipped_batch(run, step, batches, rollouts)
     metrics.add_mean("loss", result.loss)
     metrics.add_mean("grad_norm", result.grad_norm)
-    metrics.add_max("learning_rate", rate)
-    metrics.add_sum("skipped_steps", (not result.applied) / run.world.size)
+    metrics.add("learning_rate", "max", rate)
+    metrics.add("skipped_steps", "sum", (not result.applied) / run.world.size)
     metrics.add_tokens("update", sum(len(batch.tokens) for batch in batches))
     metrics.add_means(result.sums)
 
@@ -178,8 +178,8 @@ def train(config: Config, world: World) -> None:
     one_step = rl_step if config.mode == "rl" else sft_step
     with open_run(config, world) as run:
         evaluate_if_due(run)
-        for step in range(run.done, run.steps):
-            run.request.check()
+        for step in range(run.completed_steps, run.steps):
+            run.stop_request.check()
             metrics = metrics_of_step(run, step)
             with metrics.timer("step"):
                 replies = one_step(run, step, metrics)

@@ -48,10 +48,10 @@ def test_the_result_does_not_depend_on_which_rank_had_which_value():
         for share in shares:
             metrics = Metrics()
             metrics.add_means({"mean": (sum(share), len(share))})
-            metrics.add_sum("sum", sum(share))
+            metrics.add("sum", "sum", sum(share))
             for value in share:
-                metrics.add_min("min", value)
-                metrics.add_max("max", value)
+                metrics.add("min", "min", value)
+                metrics.add("max", "max", value)
             ranks.append(metrics)
         return reduced(*ranks)
 

@@ -89,7 +89,7 @@ def test_a_resumed_run_ends_where_the_whole_one_does(finished, place, capsys):
     with pytest.raises(UserError, match="step-000009 cannot be resumed from: .*No such file"):
         run(place, "resumed", steps=3, resume=str(place / "resumed/checkpoints/step-000009"))
     run(place, "resumed", steps=3, eval_before_training=True, resume="auto")
-    assert "step-000002, with step 3" in capsys.readouterr().out
+    assert "step-000002 after step 2" in capsys.readouterr().out
     assert measured(place / "resumed") == measured(finished)
     for ours, theirs in zip(weights(place / "resumed"), weights(finished), strict=True):
         assert torch.equal(ours, theirs)

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from tooln1.io.errors import Stopped, UserError
-from tooln1.model import Transformer, load_model
+from tooln1.model import Transformer
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -217,36 +217,6 @@ def shard(
         module.set_force_sum_reduction_for_comms(True)
     model.accumulate_whole = accumulate_whole
     return model
-
-
-def load_models(
-    path: str,
-    reference_path: str,
-    world: World,
-    vocabulary: int,
-    *,
-    compile: bool,
-    activation_checkpointing: bool,
-    accumulate_whole: bool,
-    offload_optimizer: bool,
-    offload_reference: bool,
-) -> tuple[Transformer, Transformer | None, Transformer]:
-    """The policy, the reference (None for the path "") and the sampler's model, on this process's device.
-
-    The policy is fp32 and sharded; the others are bf16 on CUDA, else fp32, the reference sharded, the sampler's not.
-    """
-    low = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    policy = load_model(path, torch.float32, world.device, vocabulary)
-    for block in policy.model.layers:
-        block.recompute = activation_checkpointing
-        if compile:
-            block.compile_parts()
-    # Each is sharded before the next is loaded, so that only one full model is in memory at a time.
-    policy, reference = shard(policy, world, low, offload_optimizer, accumulate_whole), None
-    if reference_path:
-        reference = load_model(reference_path, low, world.device, vocabulary).requires_grad_(False)
-        reference = shard(reference, world, offload=offload_reference)
-    return policy, reference, load_model(path, low, world.device, vocabulary)
 
 
 def reshard(model: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tooln1.io.errors import UserError
@@ -122,25 +120,10 @@ def _check_fit(directory: Path, wanted: dict[str, tuple], stored: dict[str, Stor
 
 def write_weights(state: dict[str, Tensor], directory: Path, dtype: torch.dtype) -> None:
     """Write `state` cast to `dtype` as model.safetensors, or as shards of at most 5 GB with their index."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in state.items():
-        needed = tensor.numel() * dtype.itemsize
-        if shards[-1] and size + needed > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += needed
-    file_of: dict[str, str] = {}
-    for number, members in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        tensors = {name: state[name].to("cpu", dtype).contiguous() for name in members}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        file_of.update(dict.fromkeys(members, file))
-    if len(shards) > 1:
-        total = dtype.itemsize * sum(tensor.numel() for tensor in state.values())
-        index = {"metadata": {"total_size": total}, "weight_map": file_of}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    from huggingface_hub import save_torch_state_dict  # only an export needs it
+
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    save_torch_state_dict(state, directory, max_shard_size=SHARD_BYTES)
 
 
 def fingerprint(files: Iterable[Path]) -> str:

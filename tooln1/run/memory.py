@@ -7,7 +7,7 @@ all key heads and the MLP, and b the bytes of a number in a pass (2 on CUDA, 4 o
     activations     stored for the backward pass: T (6C + 2Q + 4K + 4I) b per layer, T C b with activation checkpointing
     working memory  the larger of: four fp32 copies of [logprob_chunk_tokens, V] and the gradient of the head; the
                     activations of one layer once more (twice with checkpointing). Beside them what FSDP2 gathers
-    KV cache        rollout_cache_tokens, or as many tokens as the sampler takes
+    KV cache        what the sampler plans (sampler/kv_cache.py)
 
 Not included: what PyTorch, CUDA and NCCL take for themselves, padding in FlexAttention, fragmentation.
 """
@@ -23,6 +23,13 @@ from typing import Any, NamedTuple
 import torch
 
 from tooln1.io.model_config import ModelConfig
+from tooln1.sampler.kv_cache import (
+    CPU_BLOCK_SIZE,
+    CUDA_BLOCK_SIZE,
+    CUDA_MAX_NUM_SEQS,
+    kv_bytes_per_token,
+    plan_cache,
+)
 
 FP32 = 4
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -86,31 +93,30 @@ def estimate(
         Part("sampling copy", number * size, device),
     )
     free = max(0, available[device] - sum(part.bytes for part in at_first_rollout if part.place == device))
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * number
-    cache = cache_tokens(config, settings, cuda, processes, prompt + reply, affordable=free // 3 // token_bytes)
+    cache = cache_bytes(config, settings, cuda, processes, (prompt, reply), free)
     activations, working = pass_bytes(config, settings, number, sharded)
     parts = (
         *at_first_rollout,
         Part("gradients (fp32)", FP32 * shard, masters),
         Part("Adam's moments (fp32)", 2 * FP32 * shard, masters),
         Part("unsharded weights and gradients", unsharded, device),
-        Part("KV cache", token_bytes * cache, device, certain=cuda and settings["rollout_cache_tokens"] > 0),
+        Part("KV cache", cache, device, certain=cuda and settings["rollout_cache_tokens"] > 0),
         Part("activations", activations, device, certain=False),
         Part("working memory", working, device, certain=False),
     )
     return Estimate(tuple(part for part in parts if part.bytes), Part("loading", FP32 * size * sharded, device))
 
 
-def cache_tokens(
-    config: ModelConfig, settings: Mapping[str, Any], cuda: bool, processes: int, longest: int, affordable: int
+def cache_bytes(
+    config: ModelConfig, settings: Mapping[str, Any], cuda: bool, processes: int, longest: tuple[int, int], free: int
 ) -> int:
-    """Tokens of the sampler's KV cache, as sampler.py plans it. longest: tokens of a prompt and its reply."""
-    if settings["rollout_cache_tokens"]:
-        return settings["rollout_cache_tokens"]
-    if cuda:
-        return min(affordable, (settings["rollout_rows"] or 512) * (config.raw.get("max_position_embeddings") or 32768))
+    """Bytes of the sampler's KV cache, as it plans it. longest: tokens of a prompt and of a reply; free: bytes."""
     replies = -(-settings["prompts_per_step"] // processes) * settings["group_size"]
-    return min(affordable, min(replies, settings["rollout_rows"] or replies) * longest)
+    block_size = CUDA_BLOCK_SIZE if cuda else CPU_BLOCK_SIZE
+    rows, lengths = (CUDA_MAX_NUM_SEQS, None) if cuda else (replies, [longest] * replies)
+    rows, element_size = settings["rollout_rows"] or rows, 2 if cuda else FP32
+    blocks = plan_cache(config, element_size, free, block_size, rows, settings["rollout_cache_tokens"], lengths)
+    return kv_bytes_per_token(config, element_size) * blocks * block_size
 
 
 def pass_bytes(config: ModelConfig, settings: Mapping[str, Any], number: int, sharded: bool) -> tuple[int, int]:

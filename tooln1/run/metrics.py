@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 from tooln1.io.errors import UserError
 from tooln1.io.files import atomic_write
+from tooln1.io.jsonl import parse_json, read_text
 
 Entry = tuple[str, float, float]  # (how it is reduced: mean, sum, rate, min or max; value; count of a mean)
 
@@ -45,17 +46,9 @@ class Metrics:
         for name, (total, count) in sums.items():
             self.add_mean(name, total, count)
 
-    def add_sum(self, name: str, value: Any) -> None:
-        """Add to a sum over all calls and ranks."""
-        self._add(name, "sum", value)
-
-    def add_min(self, name: str, value: Any) -> None:
-        """Add a value to a minimum over all calls and ranks."""
-        self._add(name, "min", value)
-
-    def add_max(self, name: str, value: Any) -> None:
-        """Add a value to a maximum over all calls and ranks."""
-        self._add(name, "max", value)
+    def add(self, name: str, how: Literal["sum", "min", "max"], value: Any) -> None:
+        """Add a value to a sum, minimum or maximum over all calls and ranks."""
+        self._add(name, how, value)
 
     def add_tokens(self, phase: str, tokens: Any) -> None:
         """Add tokens that the timed `phase` processed; tokens_per_second/<phase> is logged."""
@@ -150,63 +143,13 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class JsonlLog:
-    """An append-only file of JSON objects, one per line, flushed after each."""
-
-    def __init__(self, path: str | os.PathLike):
-        """Open `path` for appending; a last line without its newline, cut off by a crash, is removed."""
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
-        self._file = self.path.open("a", encoding="utf-8")
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Write one line. Raises UserError if the disk is full."""
-        try:
-            self._file.write(to_json(record) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written to: {error.strerror}.") from error
-
-    def truncate_after(self, step: int) -> None:
-        """Remove the rows whose "step" is above `step`, at once; a resumed run writes them again."""
-        kept = [to_json(row) + "\n" for row in read_jsonl(self.path) if row.get("step", 0) <= step]
-        self._file.close()
-        with atomic_write(self.path) as file:
-            file.writelines(kept)
-        self._file = self.path.open("a", encoding="utf-8")
-
-    def sync(self) -> None:
-        """Wait until the disk has the lines written so far."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The objects of a JSON lines file; a last line without its newline, cut off by a crash, is left out.
 
-    Raises `UserError` for a file that cannot be read and for a line that is not a JSON object.
+    Raises `UserError` for a file that cannot be read and for a line that is not JSON.
     """
-    try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}.") from None
-    rows = []
-    for number, line in enumerate(text.split("\n")[:-1], start=1):  # splitlines() would split at U+2028, too
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number} is not JSON: {error}.") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} is not a JSON object; is this the log of a run?")
-        rows.append(row)
-    return rows
+    lines = read_text(path).split("\n")[:-1]  # splitlines() would split at U+2028, too
+    return [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
@@ -238,44 +181,29 @@ def best_and_worst(step: int, rows: Sequence[dict[str, Any]], count: int) -> lis
 class RunLog:
     """The logs of a run directory: metrics.jsonl, rollouts.jsonl, the console, and TensorBoard if asked for.
 
-    Steps count from 1; what is measured before training is logged as step 0.
+    Both files are append-only, one JSON object per line, flushed after each. Steps count from 1; what is measured
+    before training is logged as step 0.
     """
 
-    def __init__(
-        self,
-        run_dir: str | os.PathLike,
-        total_steps: int,
-        *,
-        completed: int = 0,
-        tensorboard: bool = False,
-        write: bool = True,
-    ):
-        """Start new logs, or continue those of a resumed run after the steps that are `completed`.
-
-        write: False on every rank but rank 0: no file is opened, and every method does nothing.
-        """
+    def __init__(self, run_dir: Path, total_steps: int, completed: int = 0, tensorboard: bool = False):
+        """Start new logs, or cut those of a resumed run back to the rows of the steps that are `completed`."""
         self.total_steps = total_steps
-        self.row: dict[str, Any] = {}  # the metrics logged last: all those of one step
-        self._logs: list[JsonlLog] = []
+        paths = (run_dir / "metrics.jsonl", run_dir / "rollouts.jsonl")
+        for path in paths:
+            rows = read_jsonl(path) if completed and path.exists() else []
+            with atomic_write(path) as file:
+                file.writelines(to_json(row) + "\n" for row in rows if row["step"] <= completed)
+        self.row = (read_metrics(paths[0]) or [{}])[-1]  # the metrics logged last: all those of one step
+        self._metrics, self._rollouts = (path.open("a", encoding="utf-8") for path in paths)
         self._tensorboard = None
-        if not write:
-            return
-        for path in (Path(run_dir) / "metrics.jsonl", Path(run_dir) / "rollouts.jsonl"):
-            if not completed:
-                path.unlink(missing_ok=True)
-            self._logs.append(JsonlLog(path))
-            self._logs[-1].truncate_after(completed)
-        self.row = (read_metrics(self._logs[0].path) or [{}])[-1]
         if tensorboard:
             first_step = completed + 1 if completed else 0
-            self._tensorboard = tensorboard_writer()(str(Path(run_dir) / "tensorboard"), purge_step=first_step)
+            self._tensorboard = tensorboard_writer()(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Log metrics of a step and print a line of them; the figures of an evaluation get a row of their own."""
-        if not self._logs:
-            return
         self.row = (self.row if self.row.get("step") == step else {}) | {"step": step} | values
-        self._logs[0].append({"step": step} | values)
+        _append(self._metrics, {"step": step} | values)
         if self._tensorboard is not None:
             for name, value in values.items():
                 if math.isfinite(value):
@@ -285,19 +213,28 @@ class RunLog:
 
     def rollouts(self, step: int, rows: Sequence[dict[str, Any]], count: int) -> None:
         """Log the best and the worst `count` replies of a step; `rows` as for `best_and_worst`."""
-        for row in best_and_worst(step, rows, count) if self._logs else ():
-            self._logs[1].append(row)
+        for row in best_and_worst(step, rows, count):
+            _append(self._rollouts, row)
 
-    def flush(self) -> None:
+    def sync(self) -> None:
         """Wait until the disk has the logs: a checkpoint written next must not know more steps than they."""
-        for log in self._logs:
-            log.sync()
+        for file in (self._metrics, self._rollouts):
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         """Close the files."""
-        for log in (*self._logs, self._tensorboard):
+        for log in (self._metrics, self._rollouts, self._tensorboard):
             if log is not None:
                 log.close()
+
+
+def _append(file: IO[str], record: dict[str, Any]) -> None:
+    """Write one line; raises UserError if the disk is full."""
+    try:
+        file.write(to_json(record) + "\n")
+        file.flush()
+    except OSError as error:
+        raise UserError(f"{file.name} cannot be written to: {error.strerror}.") from error
 
 
 def tensorboard_writer() -> type:

@@ -38,8 +38,8 @@ def add_reply_metrics(
     metrics.add_mean("format_ok", sum(fault not in FORMAT_FAULTS for fault in faults), len(rollouts))
     metrics.add_mean("truncated_fraction", sum(not rollout.finished for rollout in rollouts), len(rollouts))
     metrics.add_mean("reply_tokens_mean", sum(lengths), len(rollouts))
-    metrics.add_min("reply_tokens_min", min(lengths))
-    metrics.add_max("reply_tokens_max", max(lengths))
+    metrics.add("reply_tokens_min", "min", min(lengths))
+    metrics.add("reply_tokens_max", "max", max(lengths))
     groups = torch.tensor([rollout.group for rollout in rollouts])
     metrics.add_mean("zero_variance_fraction", zero_variance_groups(rewards, groups))
     metrics.add_tokens("rollout", sum(lengths) / ranks)  # summed over ranks again
@@ -47,9 +47,9 @@ def add_reply_metrics(
 
 def add_sampler_stats(metrics: Metrics, stats: Stats) -> None:
     """Add what this rank's sampler computed beside the reply tokens."""
-    metrics.add_sum("prompt_tokens_prefilled", stats.prefilled)
-    metrics.add_sum("tokens_recomputed", stats.recomputed)
-    metrics.add_sum("preemptions", stats.preemptions)
+    metrics.add("prompt_tokens_prefilled", "sum", stats.prefilled)
+    metrics.add("tokens_recomputed", "sum", stats.recomputed)
+    metrics.add("preemptions", "sum", stats.preemptions)
 
 
 def add_sampler_gap(metrics: Metrics, rollouts: Sequence[Rollout], batches: Sequence[PackedBatch]) -> None:

@@ -12,10 +12,10 @@ import torch
 from tooln1.benchmarks.runner import LoadedBenchmark, held_out_benchmark, load_benchmarks
 from tooln1.config import SECTION_OF, SETTINGS, Config, checked, known_setting
 from tooln1.data import EpochOrder, Example, fingerprint, read_examples
-from tooln1.distributed import World, load_models
+from tooln1.distributed import World, shard
 from tooln1.io import weights
 from tooln1.io.errors import UserError
-from tooln1.model import Transformer, model_files, read_config
+from tooln1.model import Transformer, load_model, model_files, read_config
 from tooln1.prompt import drop_long
 from tooln1.run.checkpoint import Checkpoint
 from tooln1.run.checks import check_run
@@ -42,16 +42,16 @@ class Run:
     optimizer: torch.optim.Optimizer
     loss: PolicyLoss | SupervisedLoss
     examples: list[Example]
-    benches: list[LoadedBenchmark]  # what the policy is evaluated on: held-out examples, eval_bench
+    benchmarks: list[LoadedBenchmark]  # what the policy is evaluated on: held-out examples, eval_bench
     order: EpochOrder
     steps: int
-    request: StopRequest  # whether a signal has asked the run to stop
-    turn_to: Callable[[str], None]  # takes what the run does next, for the words when something goes wrong
-    notes: dict  # goes into every checkpoint: settings, and a fingerprint of the data
-    log: RunLog | None = None  # open from the first step on
-    done: int = 0  # steps that are complete
-    saved: int = 0  # of them, those that a checkpoint has
-    intact: bool = True  # the weights are those after the steps done: the next one can still be given up
+    stop_request: StopRequest  # set by SIGTERM and SIGINT
+    set_phase: Callable[[str], None]  # called with what the run does next, for error messages
+    notes: dict  # stored in every checkpoint: settings, fingerprints of data and models
+    log: RunLog | None = None  # open from the first step on; None on the ranks other than 0
+    completed_steps: int = 0
+    saved_steps: int = 0  # completed steps that the newest checkpoint has
+    can_abandon_step: bool = True  # the weights are still those of the last completed step
     bad_steps: int = 0  # optimizer steps in a row whose loss or gradient was not finite
     failed_saves: int = 0  # attempts in a row to write a checkpoint
 
@@ -59,12 +59,12 @@ class Run:
 def prepare(
     config: Config, world: World, checkpoint: Checkpoint | None
 ) -> tuple[Tokenizer, Sequence, list[LoadedBenchmark], dict]:
-    """Tokenizer, examples, benches and the notes for checkpoints; UserError where the run cannot work with them."""
+    """Tokenizer, examples, benchmarks and the notes for checkpoints, checked: raises UserError for a faulty run."""
     if checkpoint:
         say, processes = print if world.is_main else lambda words: None, (checkpoint.ranks, world.size)
         refuse_changes(checkpoint.notes.get("config", {}), config, str(checkpoint.path), processes, say)
     tokenizer = load_tokenizer(config.model)
-    examples, benches = load_data(config, world, tokenizer)
+    examples, benchmarks = load_data(config, world, tokenizer)
     frozen = reference_of(config)
     files = [model_files(path) for path in (config.model, frozen) if path]
     notes = {"config": asdict(config), "train_data": fingerprint(examples), "model": [*map(weights.fingerprint, files)]}
@@ -75,38 +75,76 @@ def prepare(
                     f"{place} does not hold what {checkpoint.path} was made with: other examples (or others are too "
                     f"long), other weights or another tokenizer; give those, or allow it with --allow-changes {name}."
                 )
-    held_out = [case.example for bench in benches if bench.name == "heldout" for case in bench.chosen]
+    held_out = [case.example for one in benchmarks if one.name == "heldout" for case in one.chosen]
     shape, reference = read_config(config.model), read_config(frozen) if frozen else None
     settings = resolved(config, shape.num_parameters)
     check_run(settings, world, shape, reference, tokenizer, examples, held_out)
-    return tokenizer, examples, benches, notes
+    return tokenizer, examples, benchmarks, notes
 
 
 def build(
     config: Config,
     world: World,
     tokenizer: Tokenizer,
-    examples: Sequence,
-    benches: list[LoadedBenchmark],
+    examples: Sequence[Example],
+    benchmarks: list[LoadedBenchmark],
     notes: dict,
-    turn_to: Callable[[str], None],
+    set_phase: Callable[[str], None],
 ) -> Run:
     """Models, sampler, optimizer, order: a run before its first step."""
-    settings = resolved(config, read_config(config.model).num_parameters)
-    kept_how = ("compile", "activation_checkpointing", "accumulate_whole", "offload_optimizer", "offload_reference")
-    policy, reference, copy = load_models(
-        config.model, reference_of(config), world, tokenizer.vocab_size, **{name: settings[name] for name in kept_how}
+    policy, reference, sampling_copy = load_models(config, world, tokenizer.vocab_size)
+    order = EpochOrder(len(examples), config.seed)
+    return Run(
+        config=config,
+        world=world,
+        tokenizer=tokenizer,
+        policy=policy,
+        reference=reference,
+        sampler=Sampler(sampling_copy, tokenizer.stop_ids, config.rollout_rows, config.rollout_cache_tokens),
+        optimizer=torch.optim.AdamW(
+            policy.parameters(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+            fused=world.device.type == "cuda",
+        ),
+        loss=loss_of(config),
+        examples=examples,
+        benchmarks=benchmarks,
+        order=order,
+        steps=config.steps or config.epochs * order.steps_per_epoch(config.prompts_per_step),
+        stop_request=StopRequest(world),
+        set_phase=set_phase,
+        notes=notes,
     )
-    sampler = Sampler(copy, tokenizer.stop_ids, config.rollout_rows, config.rollout_cache_tokens)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-        fused=world.device.type == "cuda",
-    )
-    policy_loss = PolicyLoss(
+
+
+def load_models(config: Config, world: World, vocabulary: int) -> tuple[Transformer, Transformer | None, Transformer]:
+    """The policy, the reference (None if the KL has no weight) and the sampler's copy, on this process's device.
+
+    The policy is fp32 and sharded; the others are bf16 on CUDA, else fp32, the reference sharded, the copy not.
+    """
+    low = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    policy, reference = load_model(config.model, torch.float32, world.device, vocabulary), None
+    settings = resolved(config, policy.config.num_parameters)
+    for block in policy.model.layers:
+        block.recompute = settings["activation_checkpointing"]
+        if config.compile:
+            block.compile_parts()
+    # Each is sharded before the next is loaded, so that only one full model is in memory at a time.
+    policy = shard(policy, world, low, config.offload_optimizer, settings["accumulate_whole"])
+    if path := reference_of(config):
+        reference = load_model(path, low, world.device, vocabulary).requires_grad_(False)
+        reference = shard(reference, world, offload=config.offload_reference)
+    return policy, reference, load_model(config.model, low, world.device, vocabulary)
+
+
+def loss_of(config: Config) -> PolicyLoss | SupervisedLoss:
+    """The loss of the run's mode."""
+    if config.mode == "sft":
+        return SupervisedLoss(config.logprob_chunk_tokens)
+    return PolicyLoss(
         config.temperature,
         config.clip_low,
         config.clip_high,
@@ -115,26 +153,6 @@ def build(
         config.entropy_coef,
         config.loss_aggregation,
         config.logprob_chunk_tokens,
-    )
-    loss = policy_loss if config.mode == "rl" else SupervisedLoss(config.logprob_chunk_tokens)
-    order = EpochOrder(len(examples), config.seed)
-    steps = config.steps or config.epochs * order.steps_per_epoch(config.prompts_per_step)
-    return Run(
-        config,
-        world,
-        tokenizer,
-        policy,
-        reference,
-        sampler,
-        optimizer,
-        loss,
-        examples,
-        benches,
-        order,
-        steps,
-        StopRequest(world),
-        turn_to,
-        notes,
     )
 
 
@@ -184,19 +202,20 @@ def refuse_changes(
 
 
 def reference_of(config: Config) -> str:
-    """The frozen model of the KL term, "" where that has no weight."""
+    """The path of the frozen model of the KL term, "" if that has no weight."""
     return (config.reference_model or config.model) if config.mode == "rl" and config.kl_coef else ""
 
 
 def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Sequence, list[LoadedBenchmark]]:
     """The training examples and what to evaluate on; over-long examples are left out."""
-    fitting = partial(drop_long, tokenizer=tokenizer, max_prompt_tokens=config.max_prompt_tokens, think=config.think)
+    keep_short = partial(drop_long, tokenizer=tokenizer, max_prompt_tokens=config.max_prompt_tokens, think=config.think)
     held_out = read_examples(config.eval_data)[: config.eval_rows or None] if config.eval_data else []
-    held_out, unasked = fitting(held_out, where=config.eval_data)
-    kept, dropped = fitting(read_examples(config.train_data), where=config.train_data)
+    held_out, held_out_dropped = keep_short(held_out, where=config.eval_data)
+    kept, dropped = keep_short(read_examples(config.train_data), where=config.train_data)
     if not kept:
         raise UserError(f"{config.train_data}: all prompts are over max_prompt_tokens ({config.max_prompt_tokens}).")
     if world.is_main:
-        print(f"{len(kept)} training examples, {len(held_out)} held out; {dropped} and {unasked} over-long left out")
-    benches = [held_out_benchmark(config.eval_data, held_out)] if held_out else []
-    return kept, benches + load_benchmarks([config.eval_bench] if config.eval_bench else [])
+        left_out = f"{dropped} and {held_out_dropped} with too long a prompt left out"
+        print(f"{len(kept)} training examples, {len(held_out)} held out; {left_out}")
+    benchmarks = [held_out_benchmark(config.eval_data, held_out)] if held_out else []
+    return kept, benchmarks + load_benchmarks([config.eval_bench] if config.eval_bench else [])
