@@ -106,7 +106,7 @@ def test_qwen_7b_on_eight_gpus_by_hand():
         "Adam's moments (fp32)": 8 * size // 8,
         "reference": 2 * size // 8,
         "sampling copy": 2 * size,
-        "KV cache": int(free // 3 // 57344) * 57344,  # a token: 2 x 28 x 4 x 128 numbers of 2 bytes
+        "KV cache": int(free // 3 // 57344 // 32768) * 32768 * 57344,  # a token: 2 x 28 x 4 x 128 numbers of 2 bytes
         "activations": 30720 * 28 * 3584 * 2,
         # a layer's activations twice: 6 x 3584 + 2 x 3584 + 4 x 512 + 4 x 18944 = 106,496 numbers per token
         "working memory": 30720 * 2 * 106_496 * 2 + 2 * 2 * embedding + 2 * 8 * layer,
