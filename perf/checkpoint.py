@@ -72,7 +72,7 @@ def main() -> None:
         measured[name].append((time.perf_counter() - start, memory("VmHWM") - before))
 
     with launch("auto") as world:
-        folder = Path(world.broadcast(tempfile.mkdtemp(dir=options.folder)))
+        folder = Path(world.broadcast(tempfile.mkdtemp(dir=options.folder) if world.is_main else ""))
         model = random_model(parse_config(SHAPE | {"num_hidden_layers": options.layers}), 0, device=world.device)
         size = 12 * sum(parameter.numel() for parameter in model.parameters())
         policy = shard(model, world)
