@@ -53,9 +53,8 @@ def plain_write(file: Path, count: int) -> None:
 
 def memory(name: str) -> int:
     """Bytes of this process: VmRSS, or VmHWM for their peak since the last reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in lines if line.startswith(name))
-    return int(line.split()[1]) * 1024
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{name}:")[2].split()[0]) * 1024
 
 
 def main() -> None:
@@ -73,7 +72,7 @@ def main() -> None:
         measured[name].append((time.perf_counter() - start, memory("VmHWM") - before))
 
     with launch("auto") as world:
-        folder = Path(world.broadcast(tempfile.mkdtemp(dir=options.folder)))
+        folder = Path(world.broadcast(tempfile.mkdtemp(dir=options.folder) if world.is_main else ""))
         model = random_model(parse_config(SHAPE | {"num_hidden_layers": options.layers}), 0, device=world.device)
         size = 12 * sum(parameter.numel() for parameter in model.parameters())
         policy = shard(model, world)
@@ -93,7 +92,7 @@ def main() -> None:
             shutil.rmtree(folder)
             print(f"{size / 12e6:.0f}M parameters, {size / 1e9:.2f} GB, {world.size} process(es), {world.device.type}")
             for name, values in measured.items():
-                seconds, peak = statistics.median(time for time, _ in values), max(peak for _, peak in values) / 1e6
+                seconds, peak = statistics.median(pair[0] for pair in values), max(pair[1] for pair in values) / 1e6
                 print(f"{name:<12} {seconds:6.2f} s   {size / seconds / 1e9:6.2f} GB/s   {peak:6.0f} MB more memory")
 
 
