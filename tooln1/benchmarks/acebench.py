@@ -3,7 +3,7 @@
 Each reply is scored twice, by the rules of ACEBench e6db74b:
 
     decoded calls   its calls go to the official checker as they are; this is the main score
-    official text   its calls are first written as the text that ACEBench asks for, which then takes the whole
+    official text   its calls are first written as the text that ACEBench expects, which then takes the
                     official path; that path removes whitespace inside strings and compares lists inside dicts as
                     printed text, so 39 of the gold answers fail on it (ceiling 93.0; 1 fails as decoded calls)
 
@@ -41,7 +41,7 @@ FOLDERS = (".", "data_en", "data_all/data_en")  # where the data lie: their own 
 
 @dataclass(frozen=True)
 class AceCase(Case):
-    """A question of ACEBench. `gold` is `acebench_checker.Gold`, or a list of such; any of them will do."""
+    """A question of ACEBench. `gold` is `acebench_checker.Gold`, or a list of such, any of which is right."""
 
     functions: list[dict]  # as the data describe them; `example.tools` is what the model sees
 
@@ -72,7 +72,7 @@ def score(case: AceCase, completion: str, think: bool = True) -> Verdict:
 
 
 def score_text(case: AceCase, text: str) -> Verdict:
-    """The verdict of the whole official path on a text such as "[book(city='Bonn', nights=2)]"."""
+    """The verdict of the official text path on a text such as "[book(city='Bonn', nights=2)]"."""
     try:
         why = _fault(case, read_text(text))
     except UnreadableText:
@@ -161,7 +161,7 @@ def _tool(function: dict) -> dict:
     """A function as the model sees it: name, description, parameters.
 
     The data write the parameters of most functions that are not the answer as "arguments", with "results" and
-    "tags" beside them. All functions are shown alike, lest the key give the answer away.
+    "tags" beside them. All functions are shown with the same key, so that it does not reveal the answer.
     """
     parameters = function["parameters"] if "parameters" in function else function["arguments"]
     return {"name": function["name"], "description": function["description"], "parameters": parameters}

@@ -69,7 +69,7 @@ CHANGED_SINCE_PAPER = (
 
 
 def score(case: BfclCase, completion: str, think: bool = True) -> Verdict:
-    """The verdict on a reply; `why` is the official error type. Thinking is neither asked for nor looked at."""
+    """The verdict on a reply; `why` is the official error type. Reasoning is neither required nor looked at."""
     return score_output(case, stored_output(completion))
 
 
