@@ -521,7 +521,8 @@ def check_step(findings: Findings, index: int, rows: list[dict]) -> None:
     metrics, rewards = Metrics(), torch.tensor([row["reward"] for row in rows], dtype=torch.float32)
     rollouts = [Rollout(n // 8, n % 8, [0], [0] * (n % 7 + 1), [0.0], n % 5 > 0) for n in range(len(rows))]
     answers = [json.loads(a) if isinstance(a, str) else a for a in (row["answer"] for row in rows)]
-    add_reply_metrics(metrics, rollouts, [row["reply"] for row in rows], answers, rewards, True, 1)
+    with metrics.timer("rollout"):
+        add_reply_metrics(metrics, rollouts, [row["reply"] for row in rows], answers, rewards, True, 1)
     values = metrics.reduced()
     assert abs(values["accuracy"] - values["reward"]) < 1e-6, values  # they are paid by the binary reward
     to_json(values)
