@@ -5,7 +5,7 @@ import os
 import pytest
 
 from tooln1.io.errors import UserError, exit_on_user_error
-from tooln1.io.files import atomic_directory, atomic_write, clear_up
+from tooln1.io.files import atomic_directory, atomic_write, remove_temporaries
 
 
 def test_a_file_is_replaced_only_when_the_block_succeeds(tmp_path):
@@ -30,13 +30,12 @@ def test_a_directory_is_replaced_only_when_the_block_succeeds(tmp_path):
     assert os.listdir(target) == ["new"] and os.listdir(tmp_path) == ["model"]
 
 
-def test_what_a_killed_process_left_is_removed_or_restored(tmp_path):
-    for folder in (".model.old", ".other.old", "other", ".other.tmp"):
-        (tmp_path / folder).mkdir()
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    (tmp_path / ".model.tmp").mkdir()
     for file in (".log.tmp", ".stranger.tmp"):
         (tmp_path / file).touch()
-    assert clear_up(tmp_path, ("log", "mod*", "other")) == [".log.tmp", ".other.old", ".other.tmp"]
-    assert sorted(os.listdir(tmp_path)) == [".stranger.tmp", "model", "other"]
+    assert remove_temporaries(tmp_path, ("log", "mod*")) == [".log.tmp", ".model.tmp"]
+    assert os.listdir(tmp_path) == [".stranger.tmp"]
 
 
 @pytest.mark.parametrize(

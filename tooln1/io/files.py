@@ -46,14 +46,10 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def put_in_place(new: Path, path: Path) -> None:
-    """Rename the directory `new` to `path`; an older one there is kept as .NAME.old until that is done."""
-    old = path.with_name(f".{path.name}.old")
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(path, old)
+    """Rename the directory `new` to `path`, in the place of an older one."""
+    shutil.rmtree(path, ignore_errors=True)
     os.replace(new, path)
     flush(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
@@ -65,21 +61,15 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def clear_up(folder: Path, names: Iterable[str]) -> list[str]:
+def remove_temporaries(folder: Path, names: Iterable[str]) -> list[str]:
     """Remove what a killed process left of the files and directories `names` (globs) that the above functions write.
 
-    A directory that `put_in_place` had renamed to .NAME.old is restored if nothing took its place. Returns the names
-    of what was removed.
+    Returns the names of what was removed.
     """
-    removed = []
-    for leftover in sorted(path for name in names for end in ("old", "tmp") for path in folder.glob(f".{name}.{end}")):
-        replaced = leftover.with_name(leftover.name[1 : -len(".old")])
-        if leftover.suffix == ".old" and not replaced.exists():
-            os.replace(leftover, replaced)
-        else:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            removed.append(leftover.name)
-    return removed
+    leftovers = sorted(path for name in names for path in folder.glob(f".{name}.tmp"))
+    for leftover in leftovers:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    return [leftover.name for leftover in leftovers]
 
 
 def check_writable(folder: str | os.PathLike, setting: str) -> Path:

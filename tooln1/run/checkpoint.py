@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from tooln1.distributed import World
 from tooln1.io.errors import UserError
-from tooln1.io.files import atomic_write, check_writable, clear_up, put_in_place
+from tooln1.io.files import atomic_write, check_writable, put_in_place, remove_temporaries
 from tooln1.model import Transformer
 
 CHECKPOINTS, LATEST, INDEX = "checkpoints", "latest", "index.json"
@@ -212,8 +212,8 @@ def claimed(run_dir: Path, world: World) -> Iterator[None]:
         except OSError as error:
             if isinstance(error, BlockingIOError):  # else it is a network file system without locks
                 raise UserError(f"{run_dir}: another process is writing there; wait for it, or end it.") from None
-        written = clear_up(run_dir, ("config.toml", "metrics.jsonl", "rollouts.jsonl", "hf"))
-        for name in written + clear_up(run_dir / CHECKPOINTS, (LATEST, "step-*")):
+        written = remove_temporaries(run_dir, ("config.toml", "metrics.jsonl", "rollouts.jsonl", "hf"))
+        for name in written + remove_temporaries(run_dir / CHECKPOINTS, (LATEST, "step-*")):
             print(f"removed {name}, which a killed process left unfinished")
         return lock
 
