@@ -1,11 +1,11 @@
-"""The rollout engine: is it right, and how fast is it beside transformers' generate and the hardware's limit?
+"""The rollout engine: is it correct, and how fast is it compared with transformers' generate and the hardware's limit?
 
     python perf/rollout.py                    # on the CPU: checks, then the demo model and one of 25M parameters
     python perf/rollout.py --device cuda      # checks, then Qwen2.5 shapes with random bf16 weights
     python perf/rollout.py --only check
 
-Where transformers is installed it is timed in the same run, in turns with ours: same model, prompts and number of new
-tokens, at its best batch size. Prints tables and one JSON line.
+Where transformers is installed it is timed in the same run, alternating with ours: same model, prompts and number of
+new tokens, at its best batch size. Prints tables and one JSON line.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from shapes import DEMO, lognormal_lengths, machine, print_table, qwen2, random_prompts, small
+from shapes import DEMO, lognormal_lengths, machine, print_table, qwen2, random_prompts, seconds_of, small
 
 from tooln1.model import Transformer, load_model, random_model, save_model, sequence_logits
 from tooln1.sampler.sampler import Sampler
@@ -35,59 +34,35 @@ except ImportError:
 # ------------------------------------------------------------------------------------------------ correctness
 
 
-def peak_by_formula(prompts: list[list[int]], lengths: list[list[int]], size: int) -> int:
-    """Most pages ever in use when all replies grow in step: a group's full pages once, each row's others."""
-
-    def pages(tokens: int) -> int:
-        return -(-tokens // size)
-
-    peak = sum(pages(len(prompt)) for prompt in prompts)
-    for t in range(1, max(max(group) for group in lengths)):
-        used = 0
-        for prompt, group in zip(prompts, lengths, strict=True):
-            alive = sum(length > t for length in group)
-            used += (alive > 0) * (len(prompt) // size)
-            used += alive * (pages(len(prompt) + t) - len(prompt) // size)
-        peak = max(peak, used)
-    return peak
-
-
 def check(name: str, model: Transformer, device: str) -> dict:
-    """Identical tokens however they are sampled; log-probs of a plain pass; exact prefill and pages. Raises if not."""
-    rng = random.Random(0)
-    vocab, group_size = model.config.vocab_size, 5
+    """The same tokens for every batch and schedule; log-probs of a plain pass. AssertionError if not."""
+    rng, group_size, cuda = random.Random(0), 5, device == "cuda"
+    vocab, fp32 = model.config.vocab_size, model.head.dtype == torch.float32
     prompts = random_prompts(rng, [rng.randint(3, 150) for _ in range(12)], vocab)
-    caps = lognormal_lengths(rng, len(prompts) * group_size, 30, 0.7, 100)
+    limits = lognormal_lengths(rng, len(prompts) * group_size, 30, 0.7, 100)
     stops = [rng.randrange(vocab) for _ in range(3)]
-    fp32 = model.head.dtype == torch.float32
-    result = {"model": name, "rows": len(caps), "greedy_tokens": 0, "worst_logprob": 0.0, "preemptions": 0}
-    size = 128 if device == "cuda" else 32
+    result = {"model": name, "replies": len(limits), "greedy_tokens": 0, "sampled_tokens": 0, "worst_logprob": 0.0}
+    result["preemptions"] = 0
+    # On CUDA one size of cache for all, because FlexAttention is compiled for it; on the CPU it may be tiny.
+    common = {"cache_tokens": 128 * 256} if cuda else {}
+    settings = [{"max_num_seqs": 1}, {"max_num_seqs": 64}, {"max_num_seqs": 7, "max_prefill_tokens": 50}]
+    if not cuda:
+        settings.append({"block_size": 8, "cache_tokens": 8 * (-(-(max(map(len, prompts)) + max(limits)) // 8) + 8)})
     for temperature in (0.0, 0.7):
-        base = Sampler(model, stops, page_size=size, cache_tokens=128 * 256 if device == "cuda" else 0)
         how = {"group_size": group_size, "temperature": temperature, "seed": 1}
-        want = {(r.group, r.sample): r for r in base.generate(prompts, max_new_tokens=caps, **how)}
+        base = Sampler(model, stops, **common)
+        want = {(r.group, r.sample): r for r in base.generate(prompts, max_new_tokens=limits, **how)}
         assert base.stats.prefilled == sum(map(len, prompts)), "prefilled tokens are not the prompts' lengths"
-        lengths = [[len(want[g, s].reply) for s in range(group_size)] for g in range(len(prompts))]
-        if not base.lookahead:
-            assert base.stats.peak_pages == peak_by_formula(prompts, lengths, size), "pages in use"
         for rollout in want.values():
             logits = sequence_logits(model, rollout.prompt + rollout.reply)[len(rollout.prompt) - 1 : -1]
             plain = torch.log_softmax(logits / (temperature or 1), -1)[range(len(rollout.reply)), rollout.reply]
             gap = (plain.cpu() - torch.tensor(rollout.logprobs)).abs().max().item()
             result["worst_logprob"] = max(result["worst_logprob"], gap)
-        result["greedy_tokens" if temperature == 0 else "sampled_tokens"] = sum(map(sum, lengths))
-        if not fp32:  # in bf16 a draw depends on the batch by rounding
-            continue
+        result["sampled_tokens" if temperature else "greedy_tokens"] = sum(len(r.reply) for r in want.values())
         order = rng.sample(range(len(prompts)), len(prompts))
-        longest = max(map(len, prompts)) + max(caps)
-        settings = [{"rows": 1}, {"rows": 64}, {"rows": 7, "prefill_tokens": 50}]
-        if size == 32:  # pages of the CPU can be small, and so can the pool: rows are put back again and again
-            settings.append({"page_size": 8, "cache_tokens": -(-longest // 8) * 8 + 64})
-        else:  # one size of pool for all: FlexAttention is compiled for it
-            settings = [setting | {"cache_tokens": 128 * 256} for setting in settings]
-        for setting in settings:
-            sampler = Sampler(model, stops, **{"page_size": size} | setting)
-            shuffled = [caps[i * group_size + s] for i in order for s in range(group_size)]
+        shuffled = [limits[i * group_size + s] for i in order for s in range(group_size)]
+        for setting in settings if fp32 else []:  # in bf16 a token depends on the batch by rounding
+            sampler = Sampler(model, stops, **common | setting)
             got = sampler.generate([prompts[i] for i in order], keys=order, max_new_tokens=shuffled, **how)
             same = all(want[order[r.group], r.sample].reply == r.reply for r in got)
             assert same, f"{name} at temperature {temperature}: other tokens with {setting}"
@@ -111,7 +86,7 @@ def check_all(device: str) -> list[dict]:
 
 
 class Peer:
-    """transformers' generate on the same weights, told when to stop each row."""
+    """transformers' generate on the same weights, with a limit for each reply."""
 
     def __init__(self, model: Transformer):
         dtype, device = model.head.dtype, model.head.device
@@ -120,7 +95,7 @@ class Peer:
             self.model = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=dtype)
         self.model = self.model.to(device).eval()
 
-    def sample(self, prompts: list[list[int]], group_size: int, caps: list[int], at_once: int) -> None:
+    def sample(self, prompts: list[list[int]], group_size: int, limits: list[int], at_once: int) -> None:
         """The replies, `at_once` prompts a batch, prompts of like length together."""
         device, order = self.model.device, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), at_once):
@@ -128,7 +103,7 @@ class Peer:
             width = max(len(prompts[i]) for i in batch)
             ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in batch], device=device)
             mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=device)
-            own = [cap for i in batch for cap in caps[i * group_size : (i + 1) * group_size]]
+            own = [limit for i in batch for limit in limits[i * group_size : (i + 1) * group_size]]
             limit = torch.tensor(own, device=device)
 
             def long_enough(ids, scores, limit=limit, width=width, **_):
@@ -151,45 +126,34 @@ class Peer:
             )
 
 
-def seconds(work) -> float:
-    """Wall-clock of one call."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 # ------------------------------------------------------------------------------------------------ CPU
 
 
 def cpu_race(name: str, model: Transformer, batch_sizes: list[int], repeats: int) -> dict:
-    """16 prompts of 200 to 900 tokens x 8 replies of ~100 tokens (at most 512): tokens/s, in turns with the peer."""
+    """16 prompts of 200 to 900 tokens x 8 replies of ~100 tokens (at most 512): tokens/s, alternating with the peer."""
     rng = random.Random(0)
     prompts = random_prompts(rng, [rng.randint(200, 900) for _ in range(16)], model.config.vocab_size)
-    caps = lognormal_lengths(rng, 128, 100, 0.8, 512)
+    limits = lognormal_lengths(rng, 128, 100, 0.8, 512)
     sampler = Sampler(model, [])
 
     def ours() -> None:
-        sampler.generate(prompts, 8, 0.7, caps, seed=1)
+        sampler.generate(prompts, 8, 0.7, limits, seed=1)
 
     peer = Peer(model) if transformers else None
     ours()
-    result = {"model": name, "parameters": model.config.num_parameters, "new_tokens": sum(caps)}
+    result = {"model": name, "parameters": model.config.num_parameters, "new_tokens": sum(limits)}
     best = batch_sizes[0]
     if peer:
-        tried = {size: seconds(lambda size=size: peer.sample(prompts, 8, caps, size)) for size in batch_sizes}
+        tried = {size: seconds_of(lambda size=size: peer.sample(prompts, 8, limits, size)) for size in batch_sizes}
         best = min(tried, key=tried.get)
         result["peer_seconds_by_prompts_at_once"] = tried
     pairs = []
     for _ in range(repeats):
-        pairs.append((seconds(ours), seconds(lambda: peer.sample(prompts, 8, caps, best)) if peer else None))
+        pairs.append((seconds_of(ours), seconds_of(lambda: peer.sample(prompts, 8, limits, best)) if peer else None))
     result["seconds"] = statistics.median(own for own, _ in pairs)
-    result["tokens_per_s"] = sum(caps) / result["seconds"]
+    result["tokens_per_s"] = sum(limits) / result["seconds"]
     if peer:
-        result["peer_tokens_per_s"] = sum(caps) / statistics.median(other for _, other in pairs)
+        result["peer_tokens_per_s"] = sum(limits) / statistics.median(other for _, other in pairs)
         result["ratio"] = statistics.median(other / own for own, other in pairs)
         result["ratios"] = [round(other / own, 2) for own, other in pairs]
         result["peer_prompts_at_once"] = best

@@ -1,10 +1,11 @@
-"""Model shapes and workloads that the benchmarks share."""
+"""Model shapes, workloads and clocks that the benchmarks share."""
 
 from __future__ import annotations
 
 import math
 import platform
 import random
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +70,7 @@ def random_prompts(rng: random.Random, lengths: list[int], vocab: int) -> list[l
 
 
 def machine() -> str:
-    """The processor or GPU, in words."""
+    """The name of the GPU, or of the processor and its threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
@@ -89,8 +90,25 @@ def timed(seconds: dict[str, float], phase: str, work: Callable, *args, **kwargs
     return result
 
 
+def seconds_of(work: Callable[[], object]) -> float:
+    """Wall-clock of one call, on CUDA until the device has finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def median_seconds(work: Callable[[], object], repeats: int = 3) -> float:
+    """Median of several calls, after one that warms up."""
+    work()
+    return statistics.median(seconds_of(work) for _ in range(repeats))
+
+
 def print_table(rows: list[tuple]) -> None:
-    """Rows of words and numbers in columns; the first row is the head."""
+    """Rows of strings and numbers in columns; the first row is the head."""
     words = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in words) for i in range(len(words[0]))]
     for row in words:

@@ -73,7 +73,7 @@ class GatheredDecode:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.cache.write(layer, self.slot_mapping, k, v)
-        return torch.cat([bucket(layer, q) for bucket in self.buckets])[self.order]
+        return torch.cat([bucket(layer, q) for bucket in self.buckets]).index_select(0, self.order)
 
 
 def _bucketed_groups(seqs: list[Sequence], block_size: int) -> list[list[list[int]]]:
@@ -132,7 +132,7 @@ class _Bucket:
             seen = self.seen.repeat_interleave(ratio, dim=1)[:, None]
             self.mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
         # The H/K query heads of a key head become further queries of that head.
-        grouped = q[self.rows].view(groups, seqs, heads, ratio, dim).transpose(2, 3)
+        grouped = q.index_select(0, self.rows).view(groups, seqs, heads, ratio, dim).transpose(2, 3)
         out = attention(grouped.reshape(groups, seqs * ratio, heads, dim), keys, values, self.mask)
         return out.view(groups, seqs, ratio, heads, dim).transpose(2, 3).reshape(groups * seqs, -1, dim)
 

@@ -82,8 +82,8 @@ class Sampler:
         max_new_tokens: one number, one per prompt, or one per reply (prompt by prompt). Temperature 0 is greedy.
         keys: name the prompts for the randomness (default: their index). on_finished: gets each reply as it finishes.
         should_stop: called before each step of the model; when it is true the call ends and returns [].
-        Raises ValueError for an empty prompt, one longer than the model's context or the cache, numbers out of range,
-        and logits that are not finite; the sampler stays usable. A reply may exceed the model's context.
+        Raises ValueError for an empty prompt, one longer than the model's context or the cache, limits below 1, and
+        logits that are not finite; the sampler stays usable. A reply may exceed the model's context.
         """
         limits = _reply_limits(max_new_tokens, len(prompts), group_size)
         context = self.model.config.raw.get("max_position_embeddings") or math.inf

@@ -82,7 +82,6 @@ class BlockManager:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.free_blocks = list(range(num_blocks, 0, -1))
         self.ref_count = [0] * (num_blocks + 1)
-        self.peak = 0  # most blocks ever in use at once
 
     def can_allocate(self, seq: Sequence, reserve: int = 0) -> bool:
         """Whether there are blocks for the tokens of `seq`, so that `reserve` blocks stay free."""
@@ -123,7 +122,6 @@ class BlockManager:
     def _take(self, count: int) -> list[int]:
         blocks = [self.free_blocks.pop() for _ in range(count)]
         self.share(blocks)
-        self.peak = max(self.peak, self.num_blocks - len(self.free_blocks))
         return blocks
 
     def _num_blocks(self, seq: Sequence) -> int:
@@ -164,7 +162,6 @@ class Stats:
     prefilled: int = 0  # prompt tokens computed for the first time
     recomputed: int = 0  # tokens computed again for preempted sequences
     preemptions: int = 0
-    peak_blocks: int = 0
 
 
 class Scheduler:
@@ -203,7 +200,6 @@ class Scheduler:
         if not step.prefills:
             for seq in list(self.running):
                 self._decode(seq, step)
-        self.stats.peak_blocks = self.blocks.peak
         return step if step.seqs else None
 
     def _can_start(self, seq: Sequence) -> bool:
