@@ -128,7 +128,7 @@ def generate(
                     row = dict(zip(("bench", "id", "sample"), key, strict=True)) | asdict(prediction)
                     file.write(to_json(row) + "\n")
 
-    chunk = BATCHES_PER_CHUNK * sampler.rows * world.size
+    chunk = BATCHES_PER_CHUNK * sampler.max_num_seqs * world.size
     for benchmark in benchmarks:
         for new in runner.generate_predictions(benchmark, sampler, tokenizer, world, generation, known, chunk):
             known |= new
