@@ -5,7 +5,7 @@ import torch
 from conftest import reference
 
 from tooln1.attention import FlexPackedAttention, PackedAttention, Segment, attention
-from tooln1.batch import pack, pad_to_rows, plan_microbatches
+from tooln1.batch import pack, plan_microbatches
 from tooln1.data import Rollout
 from tooln1.grpo import token_logprobs
 from tooln1.model import load_model
@@ -42,13 +42,6 @@ def test_the_worked_example_of_the_docstring():
 def test_no_rows_give_one_idle_token():
     batch = pack([], [], torch.zeros(0))
     assert batch.tokens.tolist() == [0] and len(batch.targets) == 0 and batch.segments == (Segment(0, 1, ()),)
-
-
-def test_values_as_rows():
-    rows, mask = pad_to_rows(torch.tensor([1.0, 2.0, 3.0]), [1, 2])
-    assert rows.tolist() == [[1, 0], [2, 3]] and mask.tolist() == [[True, False], [True, True]]
-    rows, mask = pad_to_rows(torch.zeros(0, requires_grad=True), [])
-    assert rows.shape == mask.shape == (0, 1) and rows.requires_grad
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])

@@ -7,8 +7,6 @@ have weight in its head: some of its greedy answers are right and some wrong, de
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -194,9 +192,7 @@ def test_samples_have_a_mean_and_a_spread(model, data, tmp_path, calls):
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_results(model, data, undisturbed, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "eval.py"]
-    command += map(str, arguments(model, data, tmp_path / "out", rows=1))
-    run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
+    run = tiny.torchrun(2, "eval.py", *map(str, arguments(model, data, tmp_path / "out", rows=1)))
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("overall") == 1 and len(read_rows(tmp_path / "out" / "predictions.jsonl")) == 24
     assert same_results(tmp_path / "out", undisturbed)

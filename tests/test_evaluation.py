@@ -135,11 +135,13 @@ def test_other_rules_have_rows_of_their_own_and_missing_predictions_count_there_
 RIGHT, WRONG = format_reply([{"name": "f", "arguments": {"a": 1}}]), format_reply([])
 
 
-@pytest.fixture
-def small_bfcl(tmp_path) -> SimpleNamespace:
+@pytest.mark.parametrize(
+    ("option", "simple", "irrelevance"),
+    [("all", (1, 2), (1, 3)), ("leave-out", (1, 1), (1, 1)), ("only", (0, 1), (0, 2))],
+)
+def test_entries_changed_since_the_paper_can_be_chosen(tmp_path, capsys, option, simple, irrelevance):
     """Three categories; three entries that changed since the paper, all answered wrongly, and one nobody can win."""
-    data, functions = tmp_path / "data", [function(required=["a"], a=typed("integer"))]
-    gold = [{"f": {"a": [1]}}]
+    data, functions, gold = tmp_path / "data", [function(required=["a"], a=typed("integer"))], [{"f": {"a": [1]}}]
     write_category(data, "simple_python", functions, gold, ["simple_python_1", "simple_python_363"])
     write_category(data, "live_simple", functions, gold, ["live_simple_106-63-0"])
     write_category(data, "irrelevance", functions, ids=[f"irrelevance_{number}" for number in (7, 8, 232)])
@@ -147,18 +149,10 @@ def small_bfcl(tmp_path) -> SimpleNamespace:
     for case in load_benchmarks([f"bfcl={data}"])[0].cases:
         right = (case.category == "irrelevance") == (case.id in bfcl.CHANGED_SINCE_PAPER)
         rows.append({"id": case.id, "completion": RIGHT if right else WRONG})
-    file = write_rows(tmp_path / "replies.jsonl", rows)
-    arguments = ["--bench", f"bfcl={data}", "--predictions", file, "--out", tmp_path / "out"]
-    return SimpleNamespace(arguments=arguments, out=tmp_path / "out", file=file, rows=rows)
-
-
-@pytest.mark.parametrize(
-    ("option", "simple", "irrelevance"),
-    [("all", (1, 2), (1, 3)), ("leave-out", (1, 1), (1, 1)), ("only", (0, 1), (0, 2))],
-)
-def test_entries_changed_since_the_paper_can_be_chosen(small_bfcl, capsys, option, simple, irrelevance):
-    assert run_eval(*small_bfcl.arguments, "--bfcl-changed", option) == 1  # categories are missing
-    result = results(small_bfcl.out)["benchmarks"]["bfcl"]
+    file, out = write_rows(tmp_path / "replies.jsonl", rows), tmp_path / "out"
+    arguments = ["--bench", f"bfcl={data}", "--predictions", file, "--out", out, "--bfcl-changed", option]
+    assert run_eval(*arguments) == 1  # categories are missing
+    result = results(out)["benchmarks"]["bfcl"]
     counts = {name: (row["right"], row["replies"]) for name, row in result["categories"].items()}
     assert (counts["simple_python"], counts["irrelevance"]) == (simple, irrelevance)
     assert ("live_simple" in counts) == (option != "only") and "overall" not in result["totals"]

@@ -162,9 +162,7 @@ SETTINGS = dict(steps=3, tokens_per_microbatch=1500, save_every=0, keep_checkpoi
 STOPS = [  # the function whose n-th call a signal precedes, n, the steps that are complete then
     (train, "sample", 2, 1),
     (train, "log_probs", 4, 1),
-    (train, "optimizer_step", 3, 1),
     (train, "optimizer_step", 4, 2),
-    (lifecycle, "evaluate", 2, 2),
     (lifecycle, "evaluate", 3, 3),
 ]
 

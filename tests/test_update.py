@@ -130,7 +130,9 @@ def recorded_batches(
     return load_model(reference(record["hyper"]["model"]), dtype), batches, total
 
 
-def gradient(model, batches, loss, total):
+def gradient(recorded, loss):
+    """The result of one optimizer step that moves nothing, and the gradient as one vector."""
+    model, batches, total = recorded
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     result = optimizer_step(model, optimizer, batches, loss, total, 1e9, 0.0)
     return result, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
@@ -146,8 +148,8 @@ CUTS = [  # aggregation, micro-batch budget, whether replies share their prompt
 def test_how_a_minibatch_is_cut_does_not_change_its_gradient(aggregation, budget, share):
     loss = PolicyLoss(aggregation=aggregation, entropy_coef=0.01, chunk=16)
     double = dict(aggregation=aggregation, dtype=torch.float64)
-    want, want_gradient = gradient(*_with_loss(recorded_batches(**double), loss))
-    got, got_gradient = gradient(*_with_loss(recorded_batches(budget, share=share, **double), loss))
+    want, want_gradient = gradient(recorded_batches(**double), loss)
+    got, got_gradient = gradient(recorded_batches(budget, share=share, **double), loss)
     assert want.sums["clip_fraction"][0] > 0  # some ratios are clipped
     assert got.loss == pytest.approx(want.loss, rel=1e-9)
     assert (got_gradient - want_gradient).norm() / want_gradient.norm() <= 1e-9
@@ -158,14 +160,15 @@ def test_how_a_minibatch_is_cut_does_not_change_its_gradient(aggregation, budget
 @pytest.mark.slow
 def test_compiled_layers_compute_the_same(monkeypatch):
     """Both parts of every layer traced for gradients (by aot_eager: what inductor makes of them is torch's matter)."""
-    model, batches, total = recorded_batches(45)
-    _, want = gradient(model, batches, PolicyLoss(), total)
+    recorded = recorded_batches(45)
+    model = recorded[0]
+    _, want = gradient(recorded, PolicyLoss())
     traced = []
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **how: traced.append(f) or compile_(f, backend="aot_eager", **how))
     for block in model.model.layers:
         block.compile_parts()
-    _, got = gradient(model, batches, PolicyLoss(), total)
+    _, got = gradient(recorded, PolicyLoss())
     assert len(traced) == 2 * len(model.model.layers)
     assert (got - want).norm() / want.norm() <= 1e-5
 
@@ -173,32 +176,19 @@ def test_compiled_layers_compute_the_same(monkeypatch):
 def test_replies_without_advantage_have_no_policy_gradient():
     """What train.py leaves out when nothing but the policy term is trained."""
     still, loss = {0, 1, 2, 3, 9}, PolicyLoss(kl_coef=0.0)  # a whole group and one reply
-    _, want = gradient(*_with_loss(recorded_batches(30, dtype=torch.float64, zeroed=still), loss))
-    _, got = gradient(*_with_loss(recorded_batches(30, dtype=torch.float64, left_out=still), loss))
+    _, want = gradient(recorded_batches(30, dtype=torch.float64, zeroed=still), loss)
+    _, got = gradient(recorded_batches(30, dtype=torch.float64, left_out=still), loss)
     assert (got - want).norm() / want.norm() <= 1e-9
-
-
-def test_the_released_aggregation_does_depend_on_the_cut():
-    """The counter-example that shows the test above can fail."""
-    loss = PolicyLoss(aggregation="microbatch_token_mean")
-    _, one = gradient(*_with_loss(recorded_batches(aggregation=loss.aggregation), loss))
-    _, other = gradient(*_with_loss(recorded_batches(20, loss.aggregation), loss))
-    assert (one - other).norm() / one.norm() > 1e-3
-
-
-def _with_loss(parts, loss):
-    model, batches, total = parts
-    return model, batches, loss, total
 
 
 def test_activation_checkpointing_and_idle_batches_change_nothing():
     loss = PolicyLoss()
     model, batches, total = recorded_batches(30)
-    _, want = gradient(model, batches, loss, total)
+    _, want = gradient((model, batches, total), loss)
     for block in model.model.layers:
         block.recompute = True
     idle, _ = add_logprobs([pack([], [], torch.zeros(0))], model, model, 0.7, 16)
-    _, got = gradient(model, [*batches, *idle], loss, total)
+    _, got = gradient((model, [*batches, *idle], total), loss)
     assert (got - want).norm() / want.norm() <= 1e-6
 
 
