@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from bfcl_fixtures import gold_calls, mutated  # noqa: E402
+from bfcl_fixtures import gold_calls  # noqa: E402
 
 from tooln1.benchmarks import bfcl  # noqa: E402
 from tooln1.prompt import format_reply  # noqa: E402
@@ -42,6 +42,49 @@ class Empty(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         return Empty(name)
+
+
+VALUES = [None, True, 0, 1, -2.5, 7.0, "", "a", "TRUE", "x, y", "1", [], ["a"], [1.5, 2], [{}], {}, {"a": 1}, {"": []}]
+ODD = [
+    [],
+    {},
+    "",
+    None,
+    3,
+    "x",
+    [[]],
+    [{"name": "f"}],
+    [{"name": [], "arguments": {}}],
+    {"name": "f", "arguments": {}},
+    [{"name": "f", "arguments": None}],
+    [{"name": 1, "arguments": {}}],
+]
+
+CHANGES = ["value", "value", "swap", "case", "near", "drop", "add", "call", "order", "name", "odd"]
+
+
+def mutated(calls: list[dict], rng: random.Random):
+    """A call block's value like `calls` but for one change."""
+    calls = json.loads(json.dumps(calls))
+    call = rng.choice(calls) if calls else {"name": "", "arguments": {}}
+    arguments, kind = call["arguments"], rng.choice(CHANGES)
+    if kind == "odd" or not arguments:
+        return rng.choice([*ODD, calls + [{"name": "f"}]])
+    key = rng.choice(list(arguments))
+    value = arguments.pop(key) if kind == "drop" else arguments[key]
+    if kind in ("value", "swap"):
+        arguments[key] = rng.choice(VALUES if kind == "value" else list(arguments.values()))
+    elif kind == "case" and isinstance(value, str):
+        arguments[key] = rng.choice([value.upper(), value.title() + " ", f'"{value}"', value.replace(" ", "_")])
+    elif kind == "near":
+        arguments[key] = value + 1 if type(value) in (int, float) else [value]
+    elif kind == "add":
+        arguments["extra"] = 1
+    elif kind == "name":
+        call["name"] = rng.choice([call["name"] + "x", call["name"].replace(".", "_"), ""])
+    elif kind in ("call", "order"):
+        calls = calls + [call] if kind == "call" else calls[::-1]
+    return calls
 
 
 def official_runner():

@@ -1,12 +1,11 @@
 """API-Bank: its cases, equality and ToolRL's soft match; against the official verdicts where they are here."""
 
-import gzip
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import shared
+from conftest import shared, shared_rows
 
 from tooln1.benchmarks import Tally, Verdict, row_by_rule
 from tooln1.benchmarks.api_bank import EQUAL, LEVELS, REQUEST, SOFT, load, score, soft_match, totals
@@ -16,21 +15,16 @@ from tooln1.prompt import build_messages, format_reply
 # ----------------------------------------------------------------------------------- against the official verdicts
 
 
-def golden(name: str) -> list[dict]:
-    with gzip.open(shared(f"data/golden/golden_apibank_{name}_dev.jsonl.gz"), "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
 def test_golden_soft_matches_are_equal():
-    wrong = [row for row in golden("toolrl") if soft_match(row["tool_calls"], row["answer"]) != bool(row["score"])]
-    assert not wrong[:5]
+    for row in shared_rows("data/golden/golden_apibank_toolrl_dev.jsonl.gz"):
+        assert soft_match(row["tool_calls"], row["answer"]) == bool(row["score"]), row
 
 
 def test_agreement_with_the_executing_evaluator():
     """Equality is the field exact_match of every golden case, and agrees with execution in nine of ten."""
     cases = {case.id: case for case in load(shared("data/apibank/official"))}
     agree = []
-    for row in golden("official"):
+    for row in shared_rows("data/golden/golden_apibank_official_dev.jsonl.gz"):
         case = cases.get(f"{row['dir']}/{Path(row['file']).stem}/{row['sample_id']}")
         if case is not None:  # not a dialogue of level 2 without a search
             assert case.gold == [row["gt_call"]]

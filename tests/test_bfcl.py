@@ -1,12 +1,11 @@
 """BFCL's scoring: official verdicts, the paper's averages, decoding, extreme replies, export."""
 
-import gzip
 import json
 from collections import Counter
 
 import pytest
 from bfcl_fixtures import function, gold_calls, make_case, typed, write_category
-from conftest import shared
+from conftest import shared, shared_rows
 
 from tooln1.benchmarks import Tally, bfcl
 from tooln1.prompt import format_reply
@@ -20,9 +19,7 @@ def cases() -> dict[str, bfcl.BfclCase]:
 
 
 def test_golden_verdicts_and_error_types_are_equal(cases):
-    with gzip.open(shared("data/golden/golden_bfcl_dev.jsonl.gz"), "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    for row in rows:
+    for row in shared_rows("data/golden/golden_bfcl_dev.jsonl.gz"):
         verdicts = [bfcl.score_output(cases[row["id"]], row["model_output"])]
         if row["completion"] is not None:
             verdicts.append(bfcl.score(cases[row["id"]], row["completion"]))
@@ -75,11 +72,6 @@ def test_the_papers_own_rows_are_reproduced(model):
     result = figures(row | relevance)
     assert result["irrelevance mean"] == 25.00 and list(result)[-1] == "overall" and result["overall"] == expected[-1]
     assert result["live with relevance"] == round(100 * (sum(right[6:]) + 18) / (1351 + 900), 2)
-
-
-def test_what_cannot_be_computed_is_absent():
-    row = {name: Tally(1, count) for name, count in COUNTS.items() if name != "parallel"}
-    assert list(bfcl.totals(row)) == ["simple", "live"]
 
 
 # ------------------------------------------------------------------------------------------- replies and decoding

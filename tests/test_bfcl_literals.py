@@ -1,4 +1,4 @@
-"""Java and JavaScript literals as BFCL reads them, oddities included (test_fuzz_replies.py has the times)."""
+"""Java and JavaScript literals as BFCL reads them, oddities included."""
 
 import json
 import math

@@ -4,17 +4,12 @@ import json
 import shutil
 from collections import namedtuple
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import tiny
-import tokenizers
-from conftest import shared
 
 from tooln1.config import Config
-from tooln1.data import read_examples
 from tooln1.io.errors import UserError
-from tooln1.prompt import build_messages
 from tooln1.rewards import REWARDS
 from tooln1.run import checks
 from tooln1.run.checks import (
@@ -22,7 +17,6 @@ from tooln1.run.checks import (
     disk,
     fits_memory,
     lengths,
-    longest_prompt,
     report,
     schedule,
     stop_ids,
@@ -44,18 +38,14 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def changed(place, tmp_path):
-    """Loads the tiny tokenizer with another template, other stop ids, or another normalizer."""
+    """Loads the tiny tokenizer with another template, other stop ids."""
 
-    def load(template="", stops=None, normalizer=None):
+    def load(template="", stops=None):
         folder = shutil.copytree(place / "model", tmp_path / "changed", dirs_exist_ok=True)
         if template:
             (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
         if stops is not None:
             (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
-        if normalizer:
-            backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            backend.normalizer = normalizer
-            backend.save(str(folder / "tokenizer.json"))
         return load_tokenizer(folder)
 
     return load
@@ -101,12 +91,6 @@ def test_the_same_tools_in_any_order_and_first_message_are_an_overlap():
     worst(train_eval_overlap(train, held_out), "warning", "1 of 3", "the first: c")
 
 
-def test_the_demo_has_no_overlap():
-    data = Path(__file__).resolve().parents[1] / "assets" / "demo"
-    examples = (read_examples(data / f"{name}.jsonl") for name in ("train", "heldout"))
-    worst(train_eval_overlap(*examples), "ok", "0 of 500")
-
-
 # --- template, stop ids
 
 
@@ -139,11 +123,6 @@ def test_what_a_template_changes_is_found(changed, old, new, level, words):
     worst(check_template(tokenizer, examples, SETTINGS), level, words)
 
 
-def test_a_finished_reply_must_begin_with_its_prompt_to_be_imitated(changed):
-    tokenizer = changed(tiny.CHAT_TEMPLATE.replace("assistant\n", "assistant\nAnswer: "))
-    worst(check_template(tokenizer, tiny.examples(3), SETTINGS | {"mode": "sft"}), "error", "cannot be imitated")
-
-
 @pytest.mark.parametrize(("mode", "level"), [("rl", "warning"), ("sft", "error")])
 def test_a_reply_must_end_with_a_stop_id(changed, mode, level):
     found = list(check_template(changed(stops=[256]), tiny.examples(3), SETTINGS | {"mode": mode}))
@@ -151,22 +130,6 @@ def test_a_reply_must_end_with_a_stop_id(changed, mode, level):
     letter = changed(stops=[*changed().encode("b"), 258])
     strict = check_template(letter, tiny.examples(3), SETTINGS | {"mode": mode, "reward": "strict"})
     worst(strict, "warning", "a right reply does not get the full strict reward")
-
-
-def test_a_tokenizer_that_changes_text_is_found(changed):
-    tokenizer = changed(normalizer=tokenizers.normalizers.Lowercase())
-    worst(check_template(tokenizer, tiny.examples(1), SETTINGS), "warning", "decode to another text")
-    upper = replace(tiny.examples(1)[0], answer=[{"name": "ADD", "arguments": {}}])
-    texts = " ".join(finding.text for finding in check_template(tokenizer, [upper], SETTINGS))
-    assert "does not get the full binary reward" in texts
-
-
-def test_qwen_passes_on_all_kinds_of_messages():
-    tokenizer = load_tokenizer(shared("reference/qwen2.5-tokenizer"))
-    examples = [dialogue("t", "Wie spät?", '{"time": "12:00"}'), dialogue("z", "今天天气 🙂", source="chinese")]
-    for changes in ({"reward": "strict"}, {"think": False, "mode": "sft"}):
-        worst(check_template(tokenizer, examples, SETTINGS | changes), "ok", "2 examples")
-    worst(stop_ids(tokenizer, 152064), "ok", "151645 <|im_end|>")
 
 
 def test_stop_ids_and_vocabulary(place, changed):
@@ -178,17 +141,6 @@ def test_stop_ids_and_vocabulary(place, changed):
 
 
 # --- lengths, schedule
-
-
-def test_the_longest_prompt_is_counted_in_tokens(place):
-    tokenizer, examples = load_tokenizer(place / "model"), tiny.examples(12)
-
-    def count(example, think=True):
-        return len(tokenizer.encode(tokenizer.render(build_messages(example, think), add_generation_prompt=True)))
-
-    assert longest_prompt(tokenizer, examples, True) == max(map(count, examples))
-    assert longest_prompt(tokenizer, examples, True, counted=1) == max(map(count, examples))  # a byte is a token here
-    assert longest_prompt(tokenizer, examples, False) == max(count(example, False) for example in examples)
 
 
 @pytest.mark.parametrize(

@@ -161,11 +161,6 @@ def test_help_lists_every_setting(preset, capsys, monkeypatch):
     assert "[replies; default: 77; paper: 5]" in text and "sequence_mean_token_sum" in text
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_every_preset_loads(path):
-    load_config([], path)
-
-
 @pytest.mark.parametrize("size", ["7", "14"])
 def test_the_papers_presets_state_every_value(size):
     table = tomllib.loads((ROOT / "configs" / f"tool_n1_{size}b.toml").read_text(encoding="utf-8"))

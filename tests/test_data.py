@@ -1,6 +1,5 @@
 """Raw rows to examples, the filters and their counts, JSONL of examples, the split, the epoch order, the command."""
 
-import doctest
 import json
 import math
 import subprocess
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 from conftest import shared
 
-from tooln1 import data
 from tooln1.data import EpochOrder, Example, read_examples, write_examples
 from tooln1.io.errors import UserError
 from tooln1.prepare import read_toolace, read_xlam
@@ -145,34 +143,6 @@ def test_dropped_xlam_rows_are_counted_by_reason(write):
     }
 
 
-def test_keep_no_call(write):
-    others = (toolace_row(("user", "q"), ("assistant", text)) for text in ("[]", "[f(]"))
-    kept = convert_toolace(write(toolace_row(*DIALOGUE), *others), keep_no_call=True)
-    found = {example.id: len(example.answer) for example in kept.examples}
-    assert found == {"toolace-0-1": 2, "toolace-0-3": 0, "toolace-0-5": 1, "toolace-1-1": 0}
-    assert sum(kept.dropped.values()) == 1  # a call that does not parse is not "no call"
-    assert [e.answer for e in convert_xlam(write(xlam_row(answers=[])), keep_no_call=True).examples] == [[]]
-
-
-MALFORMED = [
-    (read_xlam, '{"query": "q"', "line 1"),
-    (read_xlam, '{"query": "q", "tools": "[]"}', 'line 1: the key "answers" is missing'),
-    (read_xlam, '{"query": 5, "tools": "[]", "answers": "[]"}', 'line 1: "query" must be a string'),
-    (read_xlam, '{"query": "q", "tools": "[", "answers": "[]"}', 'line 1, "tools"'),
-    (read_toolace, '{"system": "s"}', 'line 1: the key "conversations" is missing'),
-    (read_toolace, '{"system": "s", "conversations": [{"from": "user"}]}', 'turn 0: the key "value" is missing'),
-    (read_toolace, '{"system": "s", "conversations": [{"from": "bot", "value": ""}]}', "unknown role 'bot'"),
-]
-
-
-@pytest.mark.parametrize(("read", "text", "reason"), MALFORMED)
-def test_malformed_raw_file_names_file_row_and_reason(tmp_path, read, text, reason):
-    (tmp_path / "raw.json").write_text(text)
-    with pytest.raises(UserError) as caught:
-        read(tmp_path / "raw.json")
-    assert reason in str(caught.value) and str(tmp_path / "raw.json") in str(caught.value)
-
-
 # ---- JSONL of examples ----
 
 
@@ -202,15 +172,6 @@ def test_malformed_example_names_file_line_and_key(write, change):
     with pytest.raises(UserError) as caught:
         read_examples(path)
     assert str(caught.value).startswith(f"{path}, line 2") and next(iter(change)) in str(caught.value)
-
-
-def test_nothing_is_written_when_an_example_is_refused(tmp_path):
-    path = tmp_path / "e.jsonl"
-    path.write_text("before")
-    for bad in ([example(), example()], [example(), example("b", answer=[call("f", x=math.inf)])]):
-        with pytest.raises(UserError):
-            write_examples(bad, path)
-    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 
 
 def test_irrelevance_copies():
@@ -321,10 +282,6 @@ def test_order_is_a_function_of_seed_step_and_count():
     for count in (0, 8):
         with pytest.raises(UserError):
             EpochOrder(7, 0).take(0, count)
-
-
-def test_the_docstrings_of_data():
-    assert doctest.testmod(data).failed == 0
 
 
 # ---- reference data ----

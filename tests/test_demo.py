@@ -6,7 +6,7 @@ import random
 import pytest
 
 from tooln1.config import REPOSITORY
-from tooln1.data import read_examples, write_examples
+from tooln1.data import write_examples
 from tooln1.demo import requests as demo
 from tooln1.demo.__main__ import SPECIAL, TAGS, write_model, write_tokenizer
 from tooln1.model import load_model, sequence_logits
@@ -42,44 +42,6 @@ def test_held_out_calls_occur_in_no_other_split(splits, monkeypatch):
     assert not held_out & call_texts(splits["train"] + demo.examples_of("pretrain") + demo.examples_of("warmstart"))
 
 
-def test_answers_fit_the_schemas_and_their_values_are_in_the_request(splits):
-    types = {"str": str, "int": int, "float": float, "bool": bool, "List[str]": list}
-    for example in (*splits["train"], *splits["heldout"]):
-        schemas, request = {tool["name"]: tool["parameters"] for tool in example.tools}, example.messages[0]["content"]
-        for call in example.answer:
-            parameters = schemas[call["name"]]
-            assert set(call["arguments"]) <= set(parameters)
-            for key, about in parameters.items():
-                assert key in call["arguments"] or "default" in about
-                assert ("default" in about) == about["type"].endswith(", optional")
-            for key, value in call["arguments"].items():
-                assert type(value) is types[parameters[key]["type"].removesuffix(", optional")]
-                parts = value if isinstance(value, list) else [value]
-                assert isinstance(value, bool) or all(str(part) in request for part in parts)
-
-
-def test_a_similar_tool_is_among_the_candidates(splits):
-    family_of = {tool["name"]: number for number, family in enumerate(demo.FAMILIES) for tool in family}
-    for example in splits["train"]:
-        if len(example.answer) == 1:
-            wanted = example.answer[0]["name"]
-            others = [tool["name"] for tool in example.tools if tool["name"] != wanted]
-            assert family_of[wanted] in [family_of[name] for name in others]
-
-
-def test_optional_parts_of_a_phrase():
-    tool = {
-        "name": "f",
-        "parameters": {"a": {"kind": "5-5"}, "b": {"kind": "", "default": False}},
-        "phrasings": ["say {a}[ on{b:true}| off{b:false}]."],
-    }
-    rng, seen = random.Random(0), {}
-    for _ in range(50):
-        request, call = demo.draw_call(tool, rng)
-        seen[request] = call["arguments"]
-    assert seen == {"say 5.": {"a": 5}, "say 5 on.": {"a": 5, "b": True}, "say 5 off.": {"a": 5, "b": False}}
-
-
 def test_the_first_teacher_is_right_and_the_second_often_wrong_in_the_arguments_alone(splits):
     binary, rng, right = REWARDS["binary"], random.Random(0), 0
     for example in splits["train"]:
@@ -93,31 +55,7 @@ def test_the_first_teacher_is_right_and_the_second_often_wrong_in_the_arguments_
     assert 0.3 < right / len(splits["train"]) < 0.6
 
 
-def test_copying_exercises_repeat_or_look_up(monkeypatch):
-    monkeypatch.setitem(demo.SIZES, "copy", 200)
-    lookups = 0
-    for example in demo.copying():
-        request = example.messages[0]["content"]
-        if example.reply.startswith("{"):
-            lookups += 1
-            assert all(f"{key} {value}" in request for key, value in json.loads(example.reply).items())
-        else:
-            assert example.reply == request
-    assert 60 < lookups < 140
-
-
 # ---- the files ----
-
-
-def test_data_command_writes_all_files_and_rows_to_imitate(tmp_path, monkeypatch):
-    for split in demo.SIZES:
-        monkeypatch.setitem(demo.SIZES, split, 12)
-    demo.write_data(tmp_path)
-    rows = {file.stem: read_examples(file) for file in tmp_path.iterdir()}
-    assert {split: len(examples) for split, examples in rows.items()} == dict.fromkeys(demo.SIZES, 12)
-    for split in ("copy", "pretrain", "warmstart"):
-        assert all(example.reply for example in rows[split])
-    assert all(REWARDS["binary"](example.reply, example.answer) == 1.0 for example in rows["pretrain"])
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tooln1.io.errors import UserError, exit_on_user_error
+from tooln1.io.errors import Stopped, UserError, exit_on_user_error
 from tooln1.io.files import atomic_directory, atomic_write, remove_temporaries
 
 
@@ -42,7 +42,8 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     ("error", "code", "told"),
     [
         (UserError("config.toml: there is no setting 'lr'."), 2, "error: config.toml: there is no setting 'lr'.\n"),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (Stopped(15), 143, ""),
     ],
 )
 def test_exit_codes(capsys, error, code, told):

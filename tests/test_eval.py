@@ -7,8 +7,6 @@ have weight in its head: some of its greedy answers are right and some wrong, de
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -95,17 +93,16 @@ def same_results(left: Path, right: Path) -> bool:
     return summaries[0] == summaries[1] and read_rows(left / "failures.jsonl") == read_rows(right / "failures.jsonl")
 
 
-@pytest.mark.parametrize("think", [True, False])
-def test_the_score_is_the_one_that_train_logs(model, data, tmp_path, calls, think):
+def test_the_score_is_the_one_that_train_logs(model, data, tmp_path, calls):
     paths = {"model": model, "train_data": data, "eval_data": data, "run_dir": tmp_path / "run"}
     paths = {name: str(path) for name, path in paths.items()} | {"eval_bench": f"examples={data}"}
     sizes = {"max_reply_tokens": 3, "prompts_per_step": 4, "prompts_per_minibatch": 4, "steps": 1}
-    config, world = Config(**paths, **sizes, think=think), World(0, 1, torch.device("cpu"))
+    config, world = Config(**paths, **sizes, think=False), World(0, 1, torch.device("cpu"))
     run = setup.build(config, world, *setup.prepare(config, world, None), lambda doing: None)
     metrics = lifecycle.evaluate(run)
     accuracy = metrics["heldout_accuracy"]
     assert 0 < accuracy < 1 and metrics == {"heldout_accuracy": accuracy, "examples_overall": accuracy}
-    assert run_eval(*arguments(model, data, tmp_path / "out", rows=8), *([] if think else ["--no-think"])) == 0
+    assert run_eval(*arguments(model, data, tmp_path / "out", rows=8), "--no-think") == 0
     assert overall(tmp_path / "out") == {"accuracy": accuracy, "right": round(24 * accuracy), "replies": 24}
     assert calls[0] == calls[1] == calls[2]
 
@@ -195,9 +192,7 @@ def test_samples_have_a_mean_and_a_spread(model, data, tmp_path, calls):
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_results(model, data, undisturbed, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "eval.py"]
-    command += map(str, arguments(model, data, tmp_path / "out", rows=1))
-    run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
+    run = tiny.torchrun(2, "eval.py", *map(str, arguments(model, data, tmp_path / "out", rows=1)))
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count("overall") == 1 and len(read_rows(tmp_path / "out" / "predictions.jsonl")) == 24
     assert same_results(tmp_path / "out", undisturbed)

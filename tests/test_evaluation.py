@@ -97,13 +97,6 @@ def make_benchmark(ids: str, score, totals, name="fake") -> LoadedBenchmark:
     return LoadedBenchmark(name, f"{name}.jsonl", SimpleNamespace(score=score, totals=totals), cases, cases)
 
 
-def test_bench_tells_an_id_of_two_benchmarks_apart():
-    both = [make_benchmark(ids, None, None, name) for name, ids in (("left", "ab"), ("right", "bc"))]
-    rows = [{"id": "a"}, {"id": "b"}, {"id": "b", "bench": "right"}, {"id": "a", "bench": "third"}]
-    found, unknown_ids = match_predictions([("f, line 1", row | {"completion": "x"}) for row in rows], both)
-    assert list(found) == [("left", "a", 0), ("left", "b", 0), ("right", "b", 0)] and unknown_ids == ["a"]
-
-
 def test_a_total_may_be_a_mean_of_means():
     """As BFCL's are: then it has no counts, but over samples a mean and a spread."""
     fake = make_benchmark(
@@ -142,11 +135,13 @@ def test_other_rules_have_rows_of_their_own_and_missing_predictions_count_there_
 RIGHT, WRONG = format_reply([{"name": "f", "arguments": {"a": 1}}]), format_reply([])
 
 
-@pytest.fixture
-def small_bfcl(tmp_path) -> SimpleNamespace:
+@pytest.mark.parametrize(
+    ("option", "simple", "irrelevance"),
+    [("all", (1, 2), (1, 3)), ("leave-out", (1, 1), (1, 1)), ("only", (0, 1), (0, 2))],
+)
+def test_entries_changed_since_the_paper_can_be_chosen(tmp_path, capsys, option, simple, irrelevance):
     """Three categories; three entries that changed since the paper, all answered wrongly, and one nobody can win."""
-    data, functions = tmp_path / "data", [function(required=["a"], a=typed("integer"))]
-    gold = [{"f": {"a": [1]}}]
+    data, functions, gold = tmp_path / "data", [function(required=["a"], a=typed("integer"))], [{"f": {"a": [1]}}]
     write_category(data, "simple_python", functions, gold, ["simple_python_1", "simple_python_363"])
     write_category(data, "live_simple", functions, gold, ["live_simple_106-63-0"])
     write_category(data, "irrelevance", functions, ids=[f"irrelevance_{number}" for number in (7, 8, 232)])
@@ -154,18 +149,10 @@ def small_bfcl(tmp_path) -> SimpleNamespace:
     for case in load_benchmarks([f"bfcl={data}"])[0].cases:
         right = (case.category == "irrelevance") == (case.id in bfcl.CHANGED_SINCE_PAPER)
         rows.append({"id": case.id, "completion": RIGHT if right else WRONG})
-    file = write_rows(tmp_path / "replies.jsonl", rows)
-    arguments = ["--bench", f"bfcl={data}", "--predictions", file, "--out", tmp_path / "out"]
-    return SimpleNamespace(arguments=arguments, out=tmp_path / "out", file=file, rows=rows)
-
-
-@pytest.mark.parametrize(
-    ("option", "simple", "irrelevance"),
-    [("all", (1, 2), (1, 3)), ("leave-out", (1, 1), (1, 1)), ("only", (0, 1), (0, 2))],
-)
-def test_entries_changed_since_the_paper_can_be_chosen(small_bfcl, capsys, option, simple, irrelevance):
-    assert run_eval(*small_bfcl.arguments, "--bfcl-changed", option) == 1  # categories are missing
-    result = results(small_bfcl.out)["benchmarks"]["bfcl"]
+    file, out = write_rows(tmp_path / "replies.jsonl", rows), tmp_path / "out"
+    arguments = ["--bench", f"bfcl={data}", "--predictions", file, "--out", out, "--bfcl-changed", option]
+    assert run_eval(*arguments) == 1  # categories are missing
+    result = results(out)["benchmarks"]["bfcl"]
     counts = {name: (row["right"], row["replies"]) for name, row in result["categories"].items()}
     assert (counts["simple_python"], counts["irrelevance"]) == (simple, irrelevance)
     assert ("live_simple" in counts) == (option != "only") and "overall" not in result["totals"]
@@ -173,18 +160,6 @@ def test_entries_changed_since_the_paper_can_be_chosen(small_bfcl, capsys, optio
     assert "MISSING in the data, with the totals that need them: simple_java" in printed
     assert ("3 of these cases changed after the paper's date" in printed) == (option != "leave-out")
     assert ("No answer is counted as right in 1 of these" in printed) == (option != "only")
-
-
-def test_replies_are_exported_for_the_official_command(small_bfcl, capsys, tmp_path):
-    rows = [*small_bfcl.rows[1:], {**small_bfcl.rows[2], "completion": "other"}]  # one missing, one conflicting
-    rows[0] |= {"fault": "prompt_too_long"}
-    write_rows(small_bfcl.file, rows)
-    assert run_eval(*small_bfcl.arguments, "--export-bfcl", tmp_path / "export") == 1
-    written = {row["id"]: row["result"] for path in (tmp_path / "export").rglob("*.json") for row in read_rows(path)}
-    call = '[{"name": "f", "arguments": {"a": 1}}]'
-    assert written == {"irrelevance_8": "[]", "irrelevance_232": call, "live_simple_106-63-0": call}
-    printed = capsys.readouterr().out
-    assert f"bfcl evaluate --result-dir {tmp_path / 'export'} --model" in printed and "--partial-eval\n" in printed
 
 
 @pytest.mark.slow
@@ -199,20 +174,6 @@ def test_gold_answers_to_all_of_bfcl_reach_the_ceiling(tmp_path, capsys):
     assert totals["live with relevance"] == {"accuracy": 2247 / 2251, "right": 2247, "replies": 2251}
     printed = words(capsys.readouterr().out)
     assert "99.00 100.00 100.00 100.00 99.22 99.81 100.00 100.00 99.75 99.70 99.73" in printed
-
-
-def test_the_papers_rows_are_consistent():
-    """Its averages are those of its columns by our rules."""
-    counts = dict(zip(paper.LIVE, (258, 1053, 16, 24), strict=True))
-    for model, row in paper.COMPARISONS["bfcl"].rows.items():
-        tallies = {name: Tally(round(row[name] / 100 * count), count) for name, count in counts.items()}
-        assert all(abs(100 * tally.accuracy - row[name]) < 0.011 for name, tally in tallies.items()), model
-        assert row["live"] == pytest.approx(100 * bfcl.totals(tallies)["live"].accuracy, abs=0.005), model
-        assert row["non-live"] == pytest.approx(statistics.fmean(row[name] for name in paper.AST), abs=0.011), model
-        assert row["overall"] == pytest.approx((row["non-live"] + row["live"]) / 2, abs=0.011), model
-        if "live with relevance" in row:
-            both = (row["non-live"] + row["live with relevance"]) / 2
-            assert row["overall with relevance"] == pytest.approx(both, abs=0.011), model
 
 
 @pytest.mark.parametrize("name", paper.COMPARISONS)

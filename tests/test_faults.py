@@ -1,7 +1,6 @@
 """Faults: processes that die or hang, signals, full disks, broken run directories, lack of memory, infinite numbers."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -163,9 +162,7 @@ SETTINGS = dict(steps=3, tokens_per_microbatch=1500, save_every=0, keep_checkpoi
 STOPS = [  # the function whose n-th call a signal precedes, n, the steps that are complete then
     (train, "sample", 2, 1),
     (train, "log_probs", 4, 1),
-    (train, "optimizer_step", 3, 1),
     (train, "optimizer_step", 4, 2),
-    (lifecycle, "evaluate", 2, 2),
     (lifecycle, "evaluate", 3, 3),
 ]
 
@@ -274,24 +271,9 @@ def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(place, monk
         run(place, "rewound", steps=4, resume=oldest)
     run(place, "rewound", resume="auto", **settings)  # not from the abandoned step 4
     assert measured(first) == before
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(train, "rl_step", lambda *args: 1 / 0)
-        run(place, "branch", steps=4, resume=oldest)
-    assert (place / "branch/checkpoints/latest").read_text() == "step-000001\n"  # it has one of its own already
-    assert measured(run(place, "branch", steps=4, resume="auto")) == before[1:]
+    assert measured(run(place, "branch", steps=4, resume=oldest)) == before[1:]
     with pytest.raises(UserError, match="another run"):
         run(place, "branch", steps=4, resume=oldest)
-
-
-@pytest.mark.slow
-def test_moved_files_and_allowed_changes_are_accepted_by_a_resume(place, tmp_path):
-    shutil.copytree(place / "model", tmp_path / "model")
-    shutil.copy(place / "data.jsonl", tmp_path)
-    run(place, "changed", steps=1)
-    moved = dict(train_data=str(tmp_path / "data.jsonl"), model=str(tmp_path / "model"))
-    run(place, "changed", resume="auto", steps=2, **moved)
-    run(place, "changed", resume="auto", steps=3, learning_rate=0.1, allow_changes="learning_rate")
-    assert [row["learning_rate"] for row in measured(place / "changed")] == [0.001, 0.001, 0.1]
 
 
 # ------------------------------------------------------------------------------------------ memory and numbers
@@ -311,27 +293,6 @@ def test_lack_of_gpu_memory_names_the_settings(place, monkeypatch, function, wor
     monkeypatch.setattr(train, function, out_of_memory)
     with pytest.raises(UserError, match=words):
         run(place, f"memory-{function}", steps=1)
-
-
-@pytest.mark.slow
-def test_lack_of_host_memory_names_the_settings():
-    """In an address space with room for the program, but not for 2^32 numbers."""
-    code = (
-        "import resource, torch\n"
-        "from tooln1.run.faults import ROLLOUT_SETTINGS, explain_oom\n"
-        "from tooln1.io.errors import exit_on_user_error\n"
-        "def main():\n"
-        "    with explain_oom(dict.fromkeys(ROLLOUT_SETTINGS, 7)) as turn_to:\n"
-        "        turn_to('step 3, rollout')\n"
-        "        used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "        resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))\n"
-        "        torch.zeros(2**20, 2**12)\n"
-        "exit_on_user_error(main)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert "out of memory (step 3, rollout)" in result.stderr and "rollout_rows (7)" in result.stderr
 
 
 def test_steps_that_are_not_finite_are_skipped_kept_and_end_the_run(place, monkeypatch):

@@ -10,8 +10,6 @@ from typing import get_args
 import pytest
 from fuzz_replies import KIB_64, LIMITS, MB_10, bench_cases, fuzz, most_of, too_long
 
-from tooln1.benchmarks.acebench_text import MAX_MARKS
-from tooln1.benchmarks.bfcl_literals import MAX_LITERAL
 from tooln1.prompt import MAX_JSON_LENGTH, MAX_JSON_MARKS, parse_reply
 from tooln1.rewards import REWARDS, Fault, fault_of
 from tooln1.run.metrics import to_json
@@ -53,51 +51,6 @@ def worst_cases(size: int) -> dict[str, str]:
     return bare | calls | arguments | {f"{name} as the block": block(text) for name, text in payloads.items()}
 
 
-LITERALS = {  # function and parameter: (what the text begins and ends with), what it repeats
-    "java array": ([("", ""), ("new int[] {", "}")], ["new int[] {", "1, ", "new  ", "x[] {"]),
-    "java list": (
-        [("", ""), ("new ArrayList<>(Arrays.asList(", "))"), ("new ArrayList<>() {{", "}}")],
-        ["1,", "add(", "add(1)", "new ArrayList<>() {{", "new ArrayList<>(Arrays.asList(", " "],
-    ),
-    "java map": (
-        [("", ""), ("new HashMap<>() {{", "}}")],
-        ["new HashMap<", "new HashMap<>() {{", 'put("', 'put("a",', 'put("",1)', ">()", ">() {", " "],
-    ),
-    "script array": ([("[", "]"), ("new Array(", ")")], ["1,", "[],", "[1]\n,", "]", "1_.,", " "]),
-    "script rows": ([("[[", "]]"), ("[[", ""), ("new Array([", "")], ["],[", "] ,\n[", ",", "]", "[", " "]),
-    "script dict": ([("{", "}"), ("{a: ", "}")], ["a:,", "a:[],", ", ", " ,:", ":", " ", "a"]),
-}
-
-
-def literals() -> dict[str, str]:
-    """Arguments in Java and JavaScript, as long as a collection that is read."""
-    found = {}
-    for place, (ends, units) in LITERALS.items():
-        name, key = place.split()
-        for (head, tail), unit in product(ends, units):
-            text = head + unit * ((MAX_LITERAL - len(head + tail)) // len(unit)) + tail
-            found[f"{place}: {head}{unit!r}{tail}"] = argument(json.dumps(text), key, name)
-    return found
-
-
-PYTHON = [  # what a value's text begins with, repeats and ends with
-    *[("x[", "a,", "]"), ("x[", ":,", "]"), ('x[f"', "{a}", '"]'), ("f(", "a,", "lambda:)"), ("f(", "**a,", ")")],
-    *[("{", "1:1,", "}"), ("[", "f(),", "]"), ("1", "<1", ""), ("a", ".a", ""), ("", "-", "1"), ("", "f(a=", "")],
-    *[("2", "**2", ""), ("2", "*2", ""), ('"', "\\d", '"'), ('"', "\\N{DASH}", '"'), ("[", "é,", "]")],
-    *[("", "lambda:", "1"), ("x", "a", ""), ("x", "ﬁ", ""), ('x["', "a", '"]'), ("0x", "f", ""), ("", "1or", "1")],
-]
-
-
-def python_texts(size: int) -> dict[str, str]:
-    """Calls whose official ACEBench text is Python that is slow to parse: as long as is read, and longer."""
-    found = {}
-    for head, unit, tail in PYTHON:
-        marks = sum(not sign.isalnum() for sign in unit)
-        for count in ((size - 1100) // len(unit), (MAX_MARKS - 50) // max(marks, 1)):
-            found[f"python {head}{unit}{tail}, {count}"] = argument("0", f"stay={head}{unit * count}{tail},x")
-    return found
-
-
 # ------------------------------------------------------------------------------------------------------------ tests
 
 GOLD = [{"name": "book", "arguments": {"city": "Bonn", "guests": 0}}]
@@ -108,20 +61,17 @@ READERS = {
     "to_json": lambda text: to_json({"reply": text}),
     **{name: partial(*scorer_and_case) for name, scorer_and_case in bench_cases().items()},
 }
-MEANT_FOR = {"java": "bfcl java", "script": "bfcl javascript", "python": "acebench"}  # the others read no more in them
 
 
 def slow(cases: dict[str, str], reader: str, limit: float) -> list[str]:
     """The cases over the limit."""
-    meant = {name: text for name, text in cases.items() if MEANT_FOR.get(name.partition(" ")[0], reader) == reader}
-    return [name for name, text in meant.items() if too_long(limit, READERS[reader], text)]
+    return [name for name, text in cases.items() if too_long(limit, READERS[reader], text)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 def test_64_kib_are_read_in_50_ms(reader):
-    cases = worst_cases(KIB_64) | literals() | python_texts(KIB_64)
-    assert not slow(cases, reader, LIMITS["64 KiB"])
+    assert not slow(worst_cases(KIB_64), reader, LIMITS["64 KiB"])
 
 
 @pytest.mark.slow
@@ -153,9 +103,3 @@ def test_a_caller_deep_in_the_stack_gets_a_verdict(frames_left):
     ):
         text = argument(opening * depth + "1" + closing * depth, key)
         descend(sys.getrecursionlimit() - used - frames_left, text)
-
-
-def test_a_finding_says_how_to_see_it_again(monkeypatch):
-    monkeypatch.setitem(REWARDS, "strict", lambda text, answer: 1 / 0)
-    findings = fuzz(seed=3, indices=range(7, 9))
-    assert findings.wrong == [f"seed 3, index {index}: ZeroDivisionError: division by zero" for index in (7, 8)]

@@ -72,20 +72,6 @@ def test_the_cache_is_that_of_the_sampler():
     real = sampler.cache.data.nbytes - sampler.cache.data[:, :1].nbytes  # without the scratch page
     assert sizes(on_cpu(model.config, rollout_cache_tokens=640))["KV cache"] == real
     assert sizes(on_cpu(model.config))["KV cache"] == real  # 4 prompts x 5 replies x (24 + 8) tokens
-    assert sizes(on_cpu(model.config, processes=2))["KV cache"] == real // 2
-    assert sizes(on_cpu(model.config, rollout_rows=5))["KV cache"] == real // 2  # with a block for a waiting prompt
-    # at most a third of what weights and copies leave
-    room = 3 * 4 * model.config.num_parameters + 3 * real // 2
-    assert sizes(on_cpu(model.config, host=room))["KV cache"] == real // 2
-
-
-def test_weights_are_sharded_over_processes():
-    one, four = sizes(on_cpu(config())), sizes(on_cpu(config(), processes=4, accumulate_whole=True))
-    for name in ("weights (fp32)", "gradients (fp32)", "Adam's moments (fp32)", "reference"):
-        assert four[name] == pytest.approx(one[name] / 4, abs=4)
-    assert four["sampling copy"] == one["sampling copy"]
-    assert four["unsharded weights and gradients"] == 8 * config().num_parameters
-    assert sizes(on_cpu(config(), accumulate_whole=True)) == one  # one CPU process is not sharded
 
 
 def test_qwen_7b_on_eight_gpus_by_hand():

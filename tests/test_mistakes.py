@@ -16,7 +16,6 @@ import eval as evaluation_script
 import train
 from tooln1.config import Config, to_toml
 from tooln1.demo import __main__ as demo
-from tooln1.io.errors import exit_on_user_error
 from tooln1.prepare import __main__ as prepare
 from tooln1.run import plot
 
@@ -30,10 +29,6 @@ PROGRAMS = {  # the entry point, and the arguments before those of the table
 }
 ROW = vars(tiny.examples(1)[0])
 PRESET, RESUME = "--config p.toml", "--run-dir finished --resume"
-
-
-def without(key: str) -> str:
-    return json.dumps({name: value for name, value in ROW.items() if name != key})
 
 
 def spoil_checkpoints():
@@ -55,7 +50,6 @@ TABLE = [
     ("train", "--steps", "--steps"),
     ("train", "--kl-coef nan", "kl_coef nan"),
     ("train", "--group-size 0", "group_size 0"),
-    ("train", "--top-p 1.01", "top_p 1.01"),
     ("train", "--think maybe", "think maybe"),
     ("train", "--reward binry", "reward binry binary"),
     ("train", "--prompts-per-minibatch 3", "prompts_per_minibatch prompts_per_step"),
@@ -83,24 +77,22 @@ TABLE = [
     ),
     ("train", "", "model/tokenizer.json", {"model/tokenizer.json": "{"}),
     ("train", "", "259 200", {"model/config.json": {"vocab_size": 200}}),
-    ("train", "", "chat template", {"model/tokenizer_config.json": "{}"}),
     ("train", "", "chat template", {"model/tokenizer_config.json": {"chat_template": "{% if %}"}}),
     ("train", "", "eos_token_id 999", {"model/generation_config.json": {"eos_token_id": 999}}),
     ("train", "--train-data gone.jsonl", "gone.jsonl"),
     ("train", "", "data.jsonl", {"data.jsonl": ""}),
     ("train", "", "data.jsonl, line 1 UTF-8", {"data.jsonl": b'{"\xff": 1}'}),
     ("train", "", "data.jsonl, line 2 JSON", {"data.jsonl": json.dumps(ROW) + '\n{"id": "x"'}),
-    ("train", "", 'data.jsonl, line 1 "answer"', {"data.jsonl": without("answer")}),
     ("train", "", 'data.jsonl, line 2 "tiny-0"', {"data.jsonl": f"{json.dumps(ROW)}\n{json.dumps(ROW)}"}),
     ("train", "--max-prompt-tokens 5", "data.jsonl max_prompt_tokens"),
     ("train", "--eval-bench nope=x", "nope NAME=PATH"),
     ("train", "--run-dir data.jsonl/run", "run_dir data.jsonl"),
     ("train", "--run-dir finished", "finished --resume"),
-    ("train", f"{RESUME} no/such", "no/such step-000002"),
+    ("train", f"{RESUME} no/such", "no/such"),
     ("train", RESUME, "finished/checkpoints", spoil_checkpoints),
     ("train", RESUME, "finished/checkpoints/step-000002 kl_coeff kl_coef", rename_a_setting),
     ("train", f"{RESUME} --seed 1", "step-000002 seed --allow-changes"),
-    ("train", RESUME, "data.jsonl --allow-changes train_data", {"data.jsonl": without("")}),
+    ("train", RESUME, "data.jsonl --allow-changes train_data", {"data.jsonl": json.dumps(ROW)}),
     ("eval", "--model x --tempreture 1", "--tempreture"),
     ("eval", "--model x --bench bfcl=gone", "gone"),
     ("eval", "--model model --out data.jsonl", "--out data.jsonl"),
@@ -121,11 +113,7 @@ def run(patch: pytest.MonkeyPatch, program: str, arguments: str) -> int:
     """The exit code of an entry point, run in this process."""
     main, usual = PROGRAMS[program]
     patch.setattr(sys, "argv", [program, *shlex.split(usual), *shlex.split(arguments)])
-    try:
-        exit_on_user_error(main)
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
+    return tiny.exit_code(main)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +172,7 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(here, monkeypatch, capfd,
 
 
 def process(*command: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=120)
 
 

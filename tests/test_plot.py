@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tooln1.io.errors import UserError
-from tooln1.run.plot import PANELS, SPARKS, figure, main, read_runs, series, smoothed, sparkline, text_plot
+from tooln1.run.plot import PANELS, SPARKS, main, read_runs, series, smoothed, sparkline, text_plot
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,10 +32,6 @@ def rl_rows(steps: int, slope: float) -> list[dict]:
 @pytest.fixture
 def runs(tmp_path):
     return [write_run(tmp_path / "demo", rl_rows(30, 0.01)), write_run(tmp_path / "control", rl_rows(20, 0.0))]
-
-
-def curves(axis) -> list[tuple[list, list]]:
-    return [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines()]
 
 
 def test_series_skip_nulls_and_take_the_first_metric_there_is(runs, tmp_path):
@@ -74,19 +70,6 @@ def test_text_needs_neither_matplotlib_nor_utf8(runs):
     command = [sys.executable, "-c", program, *runs, "--text"]
     done = subprocess.run(command, capture_output=True, cwd=ROOT, env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0 and b"0.51 -> 0.8" in done.stdout
-
-
-def test_figure_draws_every_run_in_every_panel(runs):
-    pytest.importorskip("matplotlib")
-    drawing = figure(read_runs(runs))
-    axes = drawing.get_axes()
-    assert [axis.get_title(loc="left") for axis in axes] == list(PANELS)
-    demo_faint, demo, control_faint, control = curves(axes[0])
-    assert demo_faint[0] == list(range(1, 31)) and demo_faint[1][-1] == pytest.approx(0.8)
-    assert demo[1] == pytest.approx(smoothed(demo_faint[1], 3)) and demo[1] != demo_faint[1]
-    assert control[0] == list(range(1, 21)) and control_faint[1] == [0.5] * 20
-    assert [x for x, _ in curves(axes[1])] == [[0, 10, 20, 30], [0, 10, 20]]
-    assert [text.get_text() for text in drawing.legends[0].get_texts()] == runs
 
 
 @pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])

@@ -6,14 +6,13 @@ import random
 
 import pytest
 import torch
-from conftest import reference
+from conftest import MODELS, reference
 from safetensors.torch import load_file
 
 from tooln1.model import load_model, sequence_logits
 from tooln1.sampler.sampler import Sampler
 from tooln1.sampler.sampling import apply_top_k_top_p, reply_streams, sample_tokens, uniforms
 
-MODELS = sorted(path.name for path in reference("models/dev").iterdir())
 PROMPTS = [[3, 9, 27], [5], [8, 8, 1, 40, 7, 13, 2], [100, 200]]
 STOPS = [7, 50]
 
@@ -120,14 +119,6 @@ def test_weights_may_change_in_place_between_calls(own_model):
     after = texts(sampler.generate([[1, 2]], **how))
     assert before != after == texts(Sampler(own_model, []).generate([[1, 2]], **how))
     assert all(parameter.requires_grad for parameter in own_model.parameters())  # it can still be trained
-
-
-def test_another_seed_step_key_or_sample_gives_another_reply(model):
-    sampler, how = Sampler(model, []), dict(group_size=2, max_new_tokens=16)
-    base = texts(sampler.generate(PROMPTS[:1], seed=1, step=1, keys=[1], **how))
-    for seed, step, key in [(2, 1, 1), (1, 2, 1), (1, 1, 2)]:
-        assert texts(sampler.generate(PROMPTS[:1], seed=seed, step=step, keys=[key], **how)) != base
-    assert base[0, 0] != base[0, 1]
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.3])

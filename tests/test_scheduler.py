@@ -123,11 +123,6 @@ def test_the_youngest_sequence_is_preempted_when_no_block_is_free():
     assert 4 < machine.scheduler.stats.recomputed <= 12
 
 
-def test_prompt_blocks_are_released_when_nothing_else_can_run():
-    machine = Machine([[100, 101]], [[[300], [400, 401]]], [[1, 2]], num_blocks=1, max_num_seqs=2)
-    assert machine.run() == {(0, 0): [300], (0, 1): [400, 401]}
-
-
 def test_a_preempted_sequence_shares_its_siblings_prompt_again():
     limits = [[20, 10, 20]]
     replies = [[[300 + sample] * limit for sample, limit in enumerate(limits[0])]]

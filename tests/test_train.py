@@ -1,6 +1,5 @@
 """The loop end to end on a tiny model: what it writes, that it learns, resumes and agrees with itself."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -37,13 +36,8 @@ def finished(place):
 
 
 def test_the_run_directory_is_complete(finished, place):
-    assert {path.name for path in finished.iterdir()} == {
-        "config.toml",
-        "metrics.jsonl",
-        "rollouts.jsonl",
-        "checkpoints",
-        "hf",
-    }
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"config.toml", "metrics.jsonl", "rollouts.jsonl", "checkpoints", "hf"}
     config = load_config(["--config", str(finished / "config.toml")], train.DEFAULT)
     assert to_toml(config) == (finished / "config.toml").read_text()
     there = sorted(path.name for path in (finished / "checkpoints").iterdir())
@@ -52,25 +46,9 @@ def test_the_run_directory_is_complete(finished, place):
     rows = measured(finished)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert [row["step"] for row in rows if "heldout_accuracy" in row] == [0, 2, 3]
-    wanted = {
-        "reward",
-        "accuracy",
-        "format_ok",
-        "kl",
-        "entropy",
-        "clip_fraction",
-        "policy_loss",
-        "loss",
-        "reply_tokens_mean",
-        "reply_tokens_min",
-        "reply_tokens_max",
-        "truncated_fraction",
-        "zero_variance_fraction",
-        "sampler_logprob_gap",
-        "grad_norm",
-        "learning_rate",
-        "skipped_steps",
-    }
+    wanted = {"reward", "accuracy", "format_ok", "kl", "entropy", "clip_fraction", "policy_loss", "loss", "grad_norm"}
+    wanted |= {f"reply_tokens_{part}" for part in ("mean", "min", "max")} | {"truncated_fraction", "learning_rate"}
+    wanted |= {"zero_variance_fraction", "sampler_logprob_gap", "skipped_steps"}
     assert wanted <= rows[1].keys()
     times = read_jsonl(finished / "metrics.jsonl")[1]
     for phase in ("rollout", "reward", "logprobs", "update", "sync", "step"):
@@ -95,28 +73,12 @@ def test_a_resumed_run_ends_where_the_whole_one_does(finished, place, capsys):
         assert torch.equal(ours, theirs)
 
 
-def test_a_run_directory_is_not_written_over(finished, place):
-    with pytest.raises(UserError, match="already holds a run: go on with --resume"):
-        run(place, "finished")
-
-
-def test_a_resumed_run_must_see_the_data_in_the_same_order(finished, place):
-    with pytest.raises(UserError, match=r"other settings: seed 0 \(now 1\).*--allow-changes seed"):
-        run(place, "finished", resume="auto", seed=1)
-
-
 def test_it_learns_what_is_rewarded(place, monkeypatch):
-    """Replies that begin with one of the first letters pay: their share goes up, and down where they cost."""
-
-    def first_letters(text, answer):
-        return float(text[:1].lower() in "abcdefghijklm")
-
-    how = dict(steps=12, group_size=8, prompts_per_minibatch=4, max_reply_tokens=2, learning_rate=1e-2, eval_every=0)
-    for sign, name in ((1, "up"), (-1, "down")):
-        monkeypatch.setitem(train.REWARDS, "binary", lambda text, answer, sign=sign: sign * first_letters(text, answer))
-        rewards = [sign * row["reward"] for row in measured(run(place, name, **how))]
-        change = sum(rewards[-3:]) / 3 - rewards[0]
-        assert sign * change > 0.1, rewards
+    """Replies that begin with one of the first letters cost: their share goes down."""
+    monkeypatch.setitem(train.REWARDS, "binary", lambda text, answer: -float(text[:1].lower() in "abcdefghijklm"))
+    how = dict(steps=8, group_size=8, prompts_per_minibatch=4, max_reply_tokens=2, learning_rate=1e-2)
+    rewards = [row["reward"] for row in measured(run(place, "learns", eval_every=0, save_every=0, **how))]
+    assert sum(rewards[-3:]) / 3 - rewards[0] > 0.1, rewards
 
 
 def test_shuffled_rewards_are_the_same_rewards_elsewhere(place, monkeypatch):
@@ -129,18 +91,9 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere(place, monkeypatch):
     assert {(row["reply"], row["reward"]) for row in plain} != {(row["reply"], row["reward"]) for row in shuffled}
 
 
-@pytest.mark.parametrize("on_prompt", [False, True])
-def test_supervised_training_lowers_the_loss(place, on_prompt):
-    folder = run(
-        place,
-        f"sft-{on_prompt}",
-        mode="sft",
-        sft_on_prompt=on_prompt,
-        steps=8,
-        prompts_per_minibatch=4,
-        learning_rate=3e-3,
-        eval_every=8,
-    )
+def test_supervised_training_lowers_the_loss(place):
+    how = dict(mode="sft", sft_on_prompt=True, steps=8, prompts_per_minibatch=4, learning_rate=3e-3, eval_every=8)
+    folder = run(place, "sft", **how)
     rows = measured(folder)
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert rows[0]["loss"] == pytest.approx(rows[0]["cross_entropy"], rel=1e-5)
@@ -155,12 +108,3 @@ def test_demonstrations_end_with_the_stop_token_and_cover_what_is_asked(place):
     assert tokenizer.decode(on_reply.reply) == target_text(pairs[3]) + "<|im_end|>"
     assert len(on_all.prompt) == 1
     assert on_all.prompt + on_all.reply == on_reply.prompt + on_reply.reply
-
-
-def test_written_replies_are_imitated(tmp_path):
-    row = vars(tiny.examples(1)[0])
-    (tmp_path / "sft.jsonl").write_text(json.dumps({**row, "reply": "<think>so</think>"}) + "\n")
-    assert target_text(read_examples(tmp_path / "sft.jsonl")[0]) == "<think>so</think>"
-    (tmp_path / "bad.jsonl").write_text(json.dumps({**row, "reply": 5}) + "\n")
-    with pytest.raises(UserError, match="bad.jsonl, line 1"):
-        read_examples(tmp_path / "bad.jsonl")

@@ -6,13 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import reference
-from recorded_steps import noisy, rollouts_of
 from safetensors.torch import load_file
 
 from tooln1.batch import pack, plan_microbatches
 from tooln1.data import Rollout
 from tooln1.grpo import AGGREGATIONS, group_advantages, loss_total
-from tooln1.model import load_model, random_model, read_config
+from tooln1.model import load_model
 from tooln1.update import (
     PolicyLoss,
     SupervisedLoss,
@@ -105,15 +104,21 @@ def test_three_steps_of_the_released_actor():
     assert moved == pytest.approx(record["max_param_change"], rel=0.1)
 
 
-def recorded_batches(budget=10_000, aggregation="token_mean", share=True, dtype=torch.float32):
-    """A mini-batch with ratios away from 1 and unequal lengths, its model and its total."""
+def recorded_batches(
+    budget=10_000, aggregation="token_mean", share=True, dtype=torch.float32, zeroed=frozenset(), left_out=frozenset()
+):
+    """A model, a mini-batch with ratios away from 1 and unequal lengths, and its total.
+
+    zeroed: rows whose advantage is set to 0. left_out: rows that are not packed, though the total counts them.
+    """
     tensors, record = released_run()
     rollouts = recorded_rollouts(tensors, 1, record["hyper"])
     if not share:  # every reply its own group: the prompt is repeated
         rollouts = [replace(rollout, group=row) for row, rollout in enumerate(rollouts)]
-    advantages = tensors["iter1.advantages"][:, 0]
-    batches = []
-    for rows in plan_microbatches(rollouts, list(range(len(rollouts))), budget, 1)[0]:
+    advantages = tensors["iter1.advantages"][:, 0].clone()
+    advantages[list(zeroed)] = 0
+    batches, packed = [], [row for row in range(len(rollouts)) if row not in left_out]
+    for rows in plan_microbatches(rollouts, packed, budget, 1)[0]:
         batch = pack(rollouts, rows, advantages)
         old, ref = (
             torch.cat([tensors[f"iter1.{key}"][row, :n] for row, n in zip(batch.rows, batch.lengths, strict=True)])
@@ -125,19 +130,26 @@ def recorded_batches(budget=10_000, aggregation="token_mean", share=True, dtype=
     return load_model(reference(record["hyper"]["model"]), dtype), batches, total
 
 
-def gradient(model, batches, loss, total):
+def gradient(recorded, loss):
+    """The result of one optimizer step that moves nothing, and the gradient as one vector."""
+    model, batches, total = recorded
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     result = optimizer_step(model, optimizer, batches, loss, total, 1e9, 0.0)
     return result, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-@pytest.mark.parametrize("aggregation", [how for how in AGGREGATIONS if how != "microbatch_token_mean"])
-@pytest.mark.parametrize("budget,share", [(20, True), (60, True), (10_000, False), (20, False)])
+CUTS = [  # aggregation, micro-batch budget, whether replies share their prompt
+    *((how, 20, True) for how in AGGREGATIONS if how != "microbatch_token_mean"),
+    *(("token_mean", budget, share) for budget, share in ((60, True), (10_000, False), (20, False))),
+]
+
+
+@pytest.mark.parametrize("aggregation,budget,share", CUTS)
 def test_how_a_minibatch_is_cut_does_not_change_its_gradient(aggregation, budget, share):
     loss = PolicyLoss(aggregation=aggregation, entropy_coef=0.01, chunk=16)
     double = dict(aggregation=aggregation, dtype=torch.float64)
-    want, want_gradient = gradient(*_with_loss(recorded_batches(**double), loss))
-    got, got_gradient = gradient(*_with_loss(recorded_batches(budget, share=share, **double), loss))
+    want, want_gradient = gradient(recorded_batches(**double), loss)
+    got, got_gradient = gradient(recorded_batches(budget, share=share, **double), loss)
     assert want.sums["clip_fraction"][0] > 0  # some ratios are clipped
     assert got.loss == pytest.approx(want.loss, rel=1e-9)
     assert (got_gradient - want_gradient).norm() / want_gradient.norm() <= 1e-9
@@ -145,115 +157,38 @@ def test_how_a_minibatch_is_cut_does_not_change_its_gradient(aggregation, budget
         assert got.sums[name] == pytest.approx((value, count), rel=1e-4)
 
 
-def minibatch(model, budget, share=True):
-    """Random groups cut at `budget`, and the loss's total; old and reference log-probs are the same in any packing."""
-    rollouts = rollouts_of(0, groups=6, size=4)
-    advantages = torch.randn(len(rollouts), generator=torch.Generator().manual_seed(0))
-    known = [noisy(pack(rollouts, [row], advantages), model, 0) for row in range(len(rollouts))]
-    if not share:  # every reply its own group: the prompt is repeated
-        rollouts = [replace(rollout, group=row) for row, rollout in enumerate(rollouts)]
-    batches = []
-    for rows in plan_microbatches(rollouts, list(range(len(rollouts))), budget, 1)[0]:
-        old, ref = (
-            torch.cat([torch.zeros(0), *(getattr(known[row], name) for row in rows)])
-            for name in ("old_logprobs", "ref_logprobs")
-        )
-        batches.append(replace(pack(rollouts, rows, advantages), old_logprobs=old, ref_logprobs=ref))
-    return batches, sum(len(rollout.reply) for rollout in rollouts)
-
-
-@pytest.mark.parametrize(
-    "budget,share,recompute,reverse",
-    [
-        (20, True, False, False),
-        (60, True, True, True),
-        (10_000, False, False, True),
-        (45, False, True, True),
-    ],
-)
-def test_in_fp32_too_the_gradient_does_not_depend_on_the_cut(budget, share, recompute, reverse):
-    """Micro-batch budget, order of packing, shared or repeated prompts, activation checkpointing."""
-    config = read_config(reference("models/dev/qwen1p5b_12x2_tied_bf16_sharded"))
-    model, loss = random_model(config, 0), PolicyLoss(kl_coef=0.1, entropy_coef=0.01)
-    batches, total = minibatch(model, 10_000)
-    _, want = gradient(model, batches, loss, total)
-    batches, total = minibatch(model, budget, share)
-    for block in model.model.layers:
-        block.recompute = recompute
-    result, got = gradient(model, batches[::-1] if reverse else batches, loss, total)
-    assert 0.1 < result.sums["clip_fraction"][0] / result.sums["clip_fraction"][1] < 0.9
-    assert len(batches) > 1 or not share
-    assert (got - want).norm() / want.norm() <= 1e-6
-
-
+@pytest.mark.slow
 def test_compiled_layers_compute_the_same(monkeypatch):
     """Both parts of every layer traced for gradients (by aot_eager: what inductor makes of them is torch's matter)."""
-    model, batches, total = recorded_batches(45)
-    _, want = gradient(model, batches, PolicyLoss(), total)
+    recorded = recorded_batches(45)
+    model = recorded[0]
+    _, want = gradient(recorded, PolicyLoss())
     traced = []
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **how: traced.append(f) or compile_(f, backend="aot_eager", **how))
     for block in model.model.layers:
         block.compile_parts()
-    _, got = gradient(model, batches, PolicyLoss(), total)
+    _, got = gradient(recorded, PolicyLoss())
     assert len(traced) == 2 * len(model.model.layers)
     assert (got - want).norm() / want.norm() <= 1e-5
 
 
 def test_replies_without_advantage_have_no_policy_gradient():
     """What train.py leaves out when nothing but the policy term is trained."""
-    model, batches, total = recorded_batches(30)
-    still = {0, 1, 2, 3, 9}  # a whole group and one reply
-    batches = [
-        replace(
-            b,
-            ref_logprobs=None,
-            advantages=torch.tensor(
-                [0.0 if row in still else a for row, a in zip(b.rows, b.advantages.tolist(), strict=True)]
-            ),
-        )
-        for b in batches
-    ]
-    _, want = gradient(model, batches, PolicyLoss(kl_coef=0.0), total)
-    model, fewer, _ = recorded_batches(30)
-    fewer = [replace(b, ref_logprobs=None) for b in fewer]
-    kept = [without_rows(b, still) for b in fewer]
-    _, got = gradient(model, [b for b in kept if b.rows], PolicyLoss(kl_coef=0.0), total)
-    assert sum(len(b.targets) for b in kept) < sum(len(b.targets) for b in batches)
-    assert (got - want).norm() / want.norm() <= 1e-6
-
-
-def without_rows(batch, out):
-    """The batch repacked without the rollouts `out`, its log-probs with it."""
-    tensors, record = released_run()
-    rollouts = recorded_rollouts(tensors, 1, record["hyper"])
-    old = dict(zip(batch.rows, batch.old_logprobs.split(list(batch.lengths)), strict=True))
-    rows = [row for row in batch.rows if row not in out]
-    packed = pack(rollouts, rows, tensors["iter1.advantages"][:, 0])
-    return replace(packed, old_logprobs=torch.cat([torch.zeros(0), *(old[row] for row in rows)]))
-
-
-def test_the_released_aggregation_does_depend_on_the_cut():
-    """The counter-example that shows the test above can fail."""
-    loss = PolicyLoss(aggregation="microbatch_token_mean")
-    _, one = gradient(*_with_loss(recorded_batches(aggregation=loss.aggregation), loss))
-    _, other = gradient(*_with_loss(recorded_batches(20, loss.aggregation), loss))
-    assert (one - other).norm() / one.norm() > 1e-3
-
-
-def _with_loss(parts, loss):
-    model, batches, total = parts
-    return model, batches, loss, total
+    still, loss = {0, 1, 2, 3, 9}, PolicyLoss(kl_coef=0.0)  # a whole group and one reply
+    _, want = gradient(recorded_batches(30, dtype=torch.float64, zeroed=still), loss)
+    _, got = gradient(recorded_batches(30, dtype=torch.float64, left_out=still), loss)
+    assert (got - want).norm() / want.norm() <= 1e-9
 
 
 def test_activation_checkpointing_and_idle_batches_change_nothing():
     loss = PolicyLoss()
     model, batches, total = recorded_batches(30)
-    _, want = gradient(model, batches, loss, total)
+    _, want = gradient((model, batches, total), loss)
     for block in model.model.layers:
         block.recompute = True
     idle, _ = add_logprobs([pack([], [], torch.zeros(0))], model, model, 0.7, 16)
-    _, got = gradient(model, [*batches, *idle], loss, total)
+    _, got = gradient((model, [*batches, *idle], total), loss)
     assert (got - want).norm() / want.norm() <= 1e-6
 
 

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken
 
+import eval as evaluation_script
 import train
 from tooln1.config import Config, to_toml
 from tooln1.data import Example, write_examples
@@ -89,13 +91,6 @@ def write_data(folder: Path, count: int = 12) -> Path:
     """`examples` as a JSONL file."""
     write_examples(examples(count), folder / "data.jsonl")
     return folder / "data.jsonl"
-
-
-def cpu_seconds(function, *arguments) -> float:
-    """CPU seconds that a call takes."""
-    start = time.process_time()
-    function(*arguments)
-    return time.process_time() - start
 
 
 # ------------------------------------------------------------------------------------------- runs of train.py
@@ -178,8 +173,8 @@ def torchrun_command(processes: int, *flags: str) -> list[str]:
 
 
 def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess:
-    """Run a script of this repository under torchrun, one thread a process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    """Run a script of this repository under torchrun."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [*torchrun_command(processes), *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -234,15 +229,18 @@ def is_running(pid: int) -> bool:
     return False
 
 
-def run_eval(*arguments) -> int:
-    """eval.py's exit code for these arguments, run in this process."""
-    import eval as program
-
+def exit_code(main: Callable[[], None]) -> int:
+    """The exit code of an entry point, run in this process."""
     try:
-        exit_on_user_error(lambda: program.main([*map(str, arguments)]))
+        exit_on_user_error(main)
     except SystemExit as stop:
-        return stop.code
+        return stop.code or 0
     return 0
+
+
+def run_eval(*arguments) -> int:
+    """eval.py's exit code for these arguments."""
+    return exit_code(lambda: evaluation_script.main([*map(str, arguments)]))
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -203,6 +203,8 @@ def claimed(run_dir: Path, world: World) -> Iterator[None]:
     Raises UserError on all ranks where rank 0 cannot write to it, another process holds it, or a rank does not see it.
     """
 
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+
     def prepare() -> int:
         check_writable(run_dir, "run_dir")
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -225,4 +227,5 @@ def claimed(run_dir: Path, world: World) -> Iterator[None]:
         if world.is_main:
             os.close(lock)
             with suppress(OSError):  # it is not empty: the run has begun
-                run_dir.rmdir()
+                for folder in made:
+                    folder.rmdir()
