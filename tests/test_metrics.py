@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 
 from tooln1.io.errors import UserError
 from tooln1.run.metrics import (
-    JsonlLog,
     Metrics,
     RunLog,
     best_and_worst,
@@ -93,32 +91,30 @@ def test_json_is_strict_readable_and_valid_utf8():
     assert back == record | {"nan": None, "inf": [1, [None, True]]}
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 3, "rew', b'{"step": 3}', b"\xe5\xb7"])
+@pytest.mark.parametrize("torn", ['{"step": 3, "rew', '{"step": 3}'])
 def test_lines_are_flushed_and_a_torn_last_one_is_left_out_and_overwritten(tmp_path, torn):
-    path = tmp_path / "deep" / "metrics.jsonl"
-    JsonlLog(path).append({"step": 1, "text": "a\u2028b"})
-    rows = [{"step": 1, "text": "a\u2028b"}]
-    assert read_jsonl(path) == rows  # before it is closed
-    path.write_bytes(path.read_bytes() + torn)
-    if torn.startswith(b"{"):
-        assert read_jsonl(path) == rows
-    JsonlLog(path).append({"step": 3, "again": True})
-    assert read_jsonl(path) == [*rows, {"step": 3, "again": True}]
+    path, log = tmp_path / "metrics.jsonl", RunLog(tmp_path, 9)
+    log.step(1, {"text": 1.0})
+    assert read_jsonl(path) == [{"step": 1, "text": 1.0}]  # before it is closed
+    path.write_text(path.read_text() + torn)
+    assert read_jsonl(path) == [{"step": 1, "text": 1.0}]
+    RunLog(tmp_path, 9, completed=1).step(2, {"text": 2.0})
+    assert read_jsonl(path) == [{"step": 1, "text": 1.0}, {"step": 2, "text": 2.0}]
 
 
 def test_a_full_disk_is_one_sentence(tmp_path):
-    log = JsonlLog(tmp_path / "metrics.jsonl")
-    log._file = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
-    with pytest.raises(UserError, match="metrics.jsonl cannot be written to: No space left"):
-        log.append({"step": 1})
+    log = RunLog(tmp_path, 9)
+    log._metrics = open("/dev/full", "w")  # noqa: SIM115  the log closes it
+    with pytest.raises(UserError, match="/dev/full cannot be written to: No space left"):
+        log.step(1, {})
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"a": 1}\nnot json\n', "line 2 is not JSON"),
-        (b"[" * 99999 + b"\n", "line 1 is not JSON"),
-        (b"\xff\n", "UTF-8"),
+        (b'{"a": 1}\nnot json\n', "line 2: not valid JSON"),
+        (b"[" * 99999 + b"\n", "line 1: JSON nested"),
+        (b"\xff\n", "line 1: not UTF-8"),
         (None, "cannot read .*metrics.jsonl: No such file"),
     ],
 )
