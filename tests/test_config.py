@@ -173,6 +173,13 @@ def test_the_papers_presets_state_every_value(size):
     assert own["model"][1] == f"Qwen/Qwen2.5-{size}B-Instruct" and own["activation_checkpointing"][1] == "on"
 
 
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_is_read_and_written_back(preset, tmp_path):
+    config = load_config(["--config", str(preset)], preset)
+    (tmp_path / "again.toml").write_text(to_toml(config))
+    assert load_config(["--config", str(tmp_path / "again.toml")], preset) == config
+
+
 def test_presets_differ_from_the_papers_run_in_what_they_are_about():
     def changed(name: str) -> dict:
         paper, other = (read_preset(ROOT / "configs" / f"{preset}.toml") for preset in ("tool_n1_7b", name))

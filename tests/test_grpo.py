@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tooln1 import grpo
 from tooln1.grpo import aggregate, clipped_policy_loss, clipped_tokens, group_advantages, k3_kl, token_logprobs
 
 
@@ -59,6 +60,19 @@ def test_far_from_the_reference_the_kl_has_no_gradient_rather_than_nan():
     logprobs = torch.tensor([-100.0, -200.0, 0.0], requires_grad=True)
     k3_kl(logprobs, torch.tensor([0.0, 0.0, -200.0])).sum().backward()
     assert logprobs.grad.tolist() == [0, 0, 0]
+
+
+def test_a_group_of_one_keeps_its_reward_and_order_does_not_matter():
+    advantages = group_advantages(torch.tensor([2.0], dtype=torch.float64), torch.tensor([3]))
+    torch.testing.assert_close(advantages, torch.tensor([2.0 / (1 + 1e-6)], dtype=torch.float64))
+    rewards, groups, order = torch.rand(12, dtype=torch.float64), torch.arange(12) % 4, torch.randperm(12)
+    expected = group_advantages(rewards, groups)[order]
+    torch.testing.assert_close(group_advantages(rewards[order], groups[order]), expected)
+
+
+def test_zero_variance_share():
+    rewards, groups = torch.tensor([1.0, 0, 1, 1, 0, 0, 0]), torch.tensor([0, 0, 1, 1, 2, 2, 2])
+    assert grpo.zero_variance_groups(rewards, groups).item() == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("name", names("dev"))

@@ -157,6 +157,14 @@ def test_how_a_minibatch_is_cut_does_not_change_its_gradient(aggregation, budget
         assert got.sums[name] == pytest.approx((value, count), rel=1e-4)
 
 
+def test_the_released_aggregation_does_depend_on_the_cut():
+    """The counter-example that shows that the test above can fail."""
+    loss = PolicyLoss(aggregation="microbatch_token_mean")
+    _, one = gradient(recorded_batches(aggregation=loss.aggregation), loss)
+    _, other = gradient(recorded_batches(20, loss.aggregation), loss)
+    assert (one - other).norm() / one.norm() > 1e-3
+
+
 @pytest.mark.slow
 def test_compiled_layers_compute_the_same(monkeypatch):
     """Both parts of every layer traced for gradients (by aot_eager: what inductor makes of them is torch's matter)."""
