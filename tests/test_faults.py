@@ -311,7 +311,7 @@ def test_steps_that_are_not_finite_are_skipped_kept_and_end_the_run(place, monke
     replies = measured(skipped, files[-1])
     assert len(replies) == 6 and {row["advantage"] for row in replies} >= {None}
     for row in replies:
-        assert len(row["sampler_logprobs"]) == len(row["old_logprobs"]) == len(row["ref_logprobs"]) > 0
+        assert len(row["sampler_logprobs"]) == len(row["old_logprobs"]) > 0
     monkeypatch.undo()
     run(place, "nan", resume="auto", max_bad_steps=3, **(settings | dict(steps=1)))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(place / "nan"), start, strict=True))

@@ -121,8 +121,8 @@ class EpochOrder:
 
         >>> order = EpochOrder(n=5, seed=0)
         >>> first, second, third = (order.take(step, count=2) for step in range(3))
-        >>> len({*first, *second}), order.epoch(1, count=2), order.epoch(2, count=2)
-        (4, 0, 1)
+        >>> len({*first, *second})
+        4
     """
 
     n: int  # examples
@@ -132,10 +132,6 @@ class EpochOrder:
         """The `count` distinct indices (0 <= i < n) of step `step` (from 0)."""
         epoch, position = divmod(step, self.steps_per_epoch(count))
         return _permutation(self.n, self.seed, epoch)[position * count : (position + 1) * count].tolist()
-
-    def epoch(self, step: int, count: int) -> int:
-        """The epoch (from 0) in which step `step` (from 0) falls."""
-        return step // self.steps_per_epoch(count)
 
     def steps_per_epoch(self, count: int) -> int:
         """n // count. Raises UserError when an epoch cannot fill a single step."""

@@ -83,11 +83,6 @@ class World:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.size > 1:
-            dist.barrier()
-
     def run_on_all_ranks(self, work: Callable[[], T], what: str) -> T:
         """Run `work`, which holds no collective; if it fails on any rank, raise the same UserError on all of them.
 

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from tooln1.batch import PackedBatch
 from tooln1.data import Rollout
 from tooln1.io.errors import UserError
@@ -28,15 +26,15 @@ def save_skipped_batch(run: Run, step: int, batches: Sequence[PackedBatch], roll
     folder = Path(run.config.run_dir) / "skipped"
     with atomic_write(folder / f"step-{step + 1:06d}-{run.bad_steps}.rank{run.world.rank}.jsonl") as file:
         for batch in batches:
-            old, ref = _by_reply(batch.old_logprobs, batch.lengths), _by_reply(batch.ref_logprobs, batch.lengths)
-            for i, row in enumerate(batch.rows):
+            nothing = [None] * len(batch.rows)  # supervised training has no old log-probs
+            old = nothing if batch.old_logprobs is None else batch.old_logprobs.split(list(batch.lengths))
+            for row, advantage, logprobs in zip(batch.rows, batch.advantages.tolist(), old, strict=True):
                 reply = {
                     "prompt": run.tokenizer.decode(rollouts[row].prompt),
                     "reply": run.tokenizer.decode(rollouts[row].reply),
-                    "advantage": batch.advantages[i].item(),
+                    "advantage": advantage,
                     "sampler_logprobs": rollouts[row].logprobs,
-                    "old_logprobs": old[i],
-                    "ref_logprobs": ref[i],
+                    "old_logprobs": None if logprobs is None else logprobs.tolist(),
                 }
                 file.write(to_json(reply) + "\n")
     if run.bad_steps >= run.config.max_bad_steps:
@@ -45,11 +43,6 @@ def save_skipped_batch(run: Run, step: int, batches: Sequence[PackedBatch], roll
             f"step {step + 1}. Their batches are in {folder}. Resume from a checkpoint before the first of them: "
             f"--resume DIR, learning_rate below {run.config.learning_rate}, --allow-changes learning_rate."
         )
-
-
-def _by_reply(logprobs: Tensor | None, lengths: Sequence[int]) -> list[list[float] | None]:
-    """Log-probs [N] as one list per reply; supervised training has none."""
-    return [None] * len(lengths) if logprobs is None else [part.tolist() for part in logprobs.split(list(lengths))]
 
 
 @contextmanager
