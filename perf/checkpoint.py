@@ -84,7 +84,7 @@ def main() -> None:
         for step in range(options.rounds):
             if world.is_main:
                 measure("plain write", lambda: plain_write(folder / "plain", size))
-            world.barrier()
+            torch.distributed.barrier()
             measure("save", lambda step=step: save_checkpoint(folder, step, policy, optimizer, world, {}))
             optimizer.state.clear()  # as when a run resumes
             measure("load", lambda step=step: load_checkpoint(folder / f"step-{step:06d}", policy, optimizer))

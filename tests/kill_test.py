@@ -31,7 +31,7 @@ LONGEST_DELAY = {"save": 0.08, "export": 0.05, "load": 2.0}  # seconds from a ph
 USUAL_DELAY = 0.6
 DEMO = (
     f"--config {ROOT}/configs/demo.toml --steps 10 --prompts-per-step 16 --save-every 3 --keep-checkpoints 2 "
-    "--keep-every 6 --eval-every 4 --eval-rows 40"
+    "--keep-every 6 --eval-every 4 --max-eval-examples 40"
 ).split()
 
 

@@ -62,7 +62,7 @@ def main() -> None:
         for block in policy.model.layers:
             block.recompute = action in ("bf16", "thrifty")
         low = torch.bfloat16 if action == "bf16" else None
-        policy = shard(policy, world, low, accumulate_whole=action != "thrifty")
+        policy = shard(policy, world, low, accumulate_unsharded=action != "thrifty")
         target = load_model(path)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
         record = {"loss": [], "grad_norm": [], "clipped": []}

@@ -135,7 +135,7 @@ def queries_keys_values(tokens, dim=16):
 
 @pytest.mark.parametrize("bundle", [1, 6, 640])
 def test_packed_attention_equals_one_mask_for_the_whole_stream(monkeypatch, bundle):
-    monkeypatch.setattr("tooln1.attention.BUNDLE", bundle)
+    monkeypatch.setattr("tooln1.attention.MAX_BUNDLE_TOKENS", bundle)
     segments, total = segments_of((7, (3, 1, 5, 2)), (1, (4,)), (12, ()), (3, (1, 1, 9)))
     qkv = [x.requires_grad_() for x in queries_keys_values(total)]
     got, want = PackedAttention(segments, "cpu")(0, *qkv), by_the_definition(segments, *qkv)

@@ -201,7 +201,7 @@ def test_ranks_stopped_between_micro_batches_save_the_step_before(start, place):
 
     A step has two micro-batches a rank, and so six forward passes: policy, reference, update.
     """
-    settings = dict(prompts_per_minibatch=4, tokens_per_microbatch=1500, accumulate_whole="on", keep_checkpoints=3)
+    settings = dict(prompts_per_minibatch=4, tokens_per_microbatch=1500, accumulate_unsharded="on", keep_checkpoints=3)
     announcing = partial(start, script="tests/announcing_train.py", steps=3, eval_every=0, **settings)
     assert announcing("not-stopped-2", save_every=1).end()[0] == 0
     for phase, number in (("logprobs", 7), ("reference", 9), ("update", 11)):
@@ -283,7 +283,7 @@ def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(place, monk
     "function,words",
     [
         ("optimizer_step", r"\(step 1, update\): CUDA .*tokens_per_microbatch \(5000\).*kl_coef \(0.001\)"),
-        ("generate_distributed", r"\(step 1, rollout\).*rollout_rows \(0\).*max_reply_tokens \(12\)"),
+        ("generate_distributed", r"\(step 1, rollout\).*max_num_seqs \(0\).*max_reply_tokens \(12\)"),
     ],
 )
 def test_lack_of_gpu_memory_names_the_settings(place, monkeypatch, function, words):

@@ -23,7 +23,7 @@ GIB = 1 << 30
 SETTINGS = asdict(
     Config(tokens_per_microbatch=100, logprob_chunk_tokens=64, prompts_per_step=4, prompts_per_minibatch=4)
 )
-SETTINGS |= {"activation_checkpointing": False, "accumulate_whole": False}  # "auto" in a Config
+SETTINGS |= {"activation_checkpointing": False, "accumulate_unsharded": False}  # "auto" in a Config
 
 
 def config(**changes):

@@ -58,7 +58,7 @@ class PackedAttention:
         d   x x x x
         e   x x     x
 
-    A prompt is one causal call, its replies are a few calls with a mask, each for at most BUNDLE tokens.
+    A prompt is one causal call, its replies are a few calls with a mask, each for at most MAX_BUNDLE_TOKENS tokens.
     """
 
     def __init__(self, segments: tuple[Segment, ...], device: torch.device | str):
@@ -79,19 +79,19 @@ class PackedAttention:
             out.append(causal(layer, queries, keys, values))
             for mask in bundles:
                 own, own_keys, own_values = next(pieces)
-                seen, read = torch.cat((keys, own_keys)), torch.cat((values, own_values))
-                out.append(attention(own[None], seen[None], read[None], mask)[0])
+                visible_keys, visible_values = torch.cat((keys, own_keys)), torch.cat((values, own_values))
+                out.append(attention(own[None], visible_keys[None], visible_values[None], mask)[0])
         return torch.cat(out)  # [T, H, D]
 
 
-BUNDLE = 640  # tokens of replies in one call: scores of all pairs are computed, the mask drops most of them
+MAX_BUNDLE_TOKENS = 640  # tokens of replies in one call: scores of all pairs are computed, the mask drops most of them
 
 
 def _bundles(segment: Segment, device: torch.device | str) -> list[Tensor]:
-    """The masks [n, P + n] of runs of replies with n tokens, at most BUNDLE or a single reply."""
+    """The masks [n, P + n] of runs of replies with n tokens, at most MAX_BUNDLE_TOKENS or a single reply."""
     runs: list[list[int]] = []
     for length in segment.replies:
-        if not runs or sum(runs[-1]) + length > BUNDLE:
+        if not runs or sum(runs[-1]) + length > MAX_BUNDLE_TOKENS:
             runs.append([])
         runs[-1].append(length)
     masks = []

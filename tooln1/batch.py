@@ -96,7 +96,7 @@ def _group_runs(rollouts: Sequence[Rollout], rows: Sequence[int]) -> list[list[i
 
 
 def pad_to_rows(values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Per-token values [N] as one row per reply, [R, longest], with the mask [R, longest] of what is real."""
+    """Per-token values [N] as one row per reply, [R, longest], and the mask [R, longest] of non-padding."""
     if not lengths:
         return values.new_zeros(0, 1) + values.sum(), torch.zeros(0, 1, dtype=torch.bool, device=values.device)
     padded = torch.nn.utils.rnn.pad_sequence(values.split(list(lengths)), batch_first=True)

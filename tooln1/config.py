@@ -90,17 +90,17 @@ class Config:
 
     compile: bool = setting(False, "torch.compile the layers of the policy", section="memory_and_speed")
     activation_checkpointing: str = setting("auto", "recompute layers; auto: from 1e9 parameters", choices=SWITCH)
-    accumulate_whole: str = setting("auto", "gather weights once a step; auto: below 2e9 parameters", choices=SWITCH)
+    accumulate_unsharded: str = setting("auto", "no resharding between micro-batches; auto: below 2e9", choices=SWITCH)
     offload_reference: bool = setting(False, "keep the reference model's shards in host memory (CUDA)")
     offload_optimizer: bool = setting(False, "keep the policy's shards and Adam state in host memory (CUDA)")
     tokens_per_microbatch: int = setting(30720, "most of a process's forward pass", "tokens", "[1, inf)", paper=30720)
     logprob_chunk_tokens: int = setting(1024, "tokens whose logits are in memory at once", "tokens", "[1, inf)")
-    rollout_rows: int = setting(0, "most replies sampled at once; 0: all, on CUDA 512", "replies")
+    max_num_seqs: int = setting(0, "most replies sampled at once; 0: all, on CUDA 512", "replies")
     rollout_cache_tokens: int = setting(0, "KV cache; 0: as needed, at most 1/3 of the free memory", "tokens")
 
     eval_bench: str = setting("", "benchmark, NAME=PATH as for eval.py", section="evaluation_and_saving")
     eval_every: int = setting(10, "evaluate after every so many steps; 0: only at the end", "steps", paper=10)
-    eval_rows: int = setting(0, "evaluate on the first examples only; 0: all", "examples")
+    max_eval_examples: int = setting(0, "evaluate on the first examples only; 0: all", "examples")
     eval_before_training: bool = setting(False, "evaluate the initial model too", paper=False)
     save_every: int = setting(10, "save a checkpoint after every so many steps; 0: only at the end", "steps", paper=10)
     keep_checkpoints: int = setting(2, "newest checkpoints that are kept", "checkpoints", "[1, inf)")
@@ -256,7 +256,7 @@ def validate(config: Config) -> None:
         (rl and config.group_size < 2, "group_size is 1, but GRPO compares the replies to a prompt; take 2 or more."),
         (
             rl and not config.think and config.reward != "binary_no_think",
-            f"reward {config.reward} requires a <think> block, which think = false does not prompt for; "
+            f"reward {config.reward} pays for a <think> block, which think = false does not prompt for; "
             "set reward to binary_no_think, or think to true.",
         ),
     ):

@@ -36,7 +36,7 @@ class Example:
 class Rollout:
     """One sampled reply."""
 
-    group: int  # which prompt of the call it answers; replies of one group are compared with each other
+    group: int  # index of its prompt in the `generate` batch; replies of one group are compared with each other
     sample: int  # which of the group's replies it is, 0 .. G-1
     prompt: list[int]  # token ids
     reply: list[int]  # token ids, the stop token included

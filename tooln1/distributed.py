@@ -190,13 +190,13 @@ def shard(
     world: World,
     dtype: torch.dtype | None = None,
     offload: bool = False,
-    accumulate_whole: bool = True,
+    accumulate_unsharded: bool = True,
 ) -> Transformer:
     """Shard `model` over all ranks with FSDP2, block by block, in place; it computes in `dtype` (None: as stored).
 
     Gradients are summed over ranks, not averaged: every loss is already divided by the count of the global mini-batch
     (forced sums, because gloo has no pre-multiplied ones). offload: on CUDA the shards, their gradients and so the
-    optimizer's state stay in host memory. accumulate_whole: see `next_microbatch`.
+    optimizer's state stay in host memory. accumulate_unsharded: see `next_microbatch`.
     """
     if not world.sharded:
         return model
@@ -210,7 +210,7 @@ def shard(
         fully_shard(module, **options)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    model.accumulate_whole = accumulate_whole
+    model.accumulate_unsharded = accumulate_unsharded
     return model
 
 
@@ -224,11 +224,11 @@ def reshard(model: nn.Module) -> None:
 def next_microbatch(model: nn.Module, last: bool) -> None:
     """Prepare the passes of a micro-batch, which is the `last` one of its optimizer step or not.
 
-    With `accumulate_whole`, gradients stay unsharded until the last one, and weights from each backward pass to the
+    With `accumulate_unsharded`, gradients stay unsharded until the last one, and weights from each backward pass to the
     next forward pass: one reduce-scatter per optimizer step and one all-gather less per micro-batch, for 6 bytes per
     parameter (bf16 weights, fp32 gradients). Otherwise both are resharded after each micro-batch.
     """
-    if isinstance(model, FSDPModule) and model.accumulate_whole:
+    if isinstance(model, FSDPModule) and model.accumulate_unsharded:
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
 

@@ -42,16 +42,16 @@ def group_advantages(rewards: Tensor, groups: Tensor, eps: float = 1e-6, scale_b
     """
     if rewards.shape != groups.shape or rewards.dim() != 1:
         raise ValueError(f"rewards {tuple(rewards.shape)} and groups {tuple(groups.shape)} must both be [N]")
-    wide = rewards.to(at_least_fp32(rewards.dtype))
-    dtype = rewards.dtype if rewards.is_floating_point() else wide.dtype
+    dtype = rewards.dtype if rewards.is_floating_point() else torch.float32
+    rewards = rewards.to(at_least_fp32(dtype))
     _, index = torch.unique(groups, return_inverse=True)
-    size = torch.bincount(index)[index].to(wide)  # [N] members of each reply's group
-    mean = _group_sum(wide, index) / size
-    centred = wide - mean
-    equal = _group_max(wide, index) == -_group_max(-wide, index)
+    size = torch.bincount(index)[index].to(rewards)  # [N] members of each reply's group
+    mean = _group_sum(rewards, index) / size
+    centred = rewards - mean
+    equal = _group_max(rewards, index) == -_group_max(-rewards, index)
     centred = torch.where(equal, torch.zeros_like(centred), centred)
     is_singleton = size == 1
-    centred = torch.where(is_singleton, wide, centred)
+    centred = torch.where(is_singleton, rewards, centred)
     if not scale_by_std:
         return centred.to(dtype)
     std = (_group_sum(centred.square(), index) / (size - 1).clamp(min=1)).sqrt()
@@ -128,10 +128,10 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 def _tempered_log_softmax(hidden: Tensor, head: Tensor, temperature: float, vocabulary: int | None) -> Tensor:
     logits = F.linear(hidden, head).to(at_least_fp32(hidden.dtype)) / temperature
-    return F.log_softmax(only_known(logits, vocabulary), dim=-1)
+    return F.log_softmax(mask_padded_vocab(logits, vocabulary), dim=-1)
 
 
-def only_known(logits: Tensor, vocabulary: int | None) -> Tensor:
+def mask_padded_vocab(logits: Tensor, vocabulary: int | None) -> Tensor:
     """`logits` [N, V], those of ids from `vocabulary` on (None: of none) overwritten in place: their probability is 0.
 
     Overwritten, not cut off: matrix products like V as it is, a multiple of 64. Not with -inf, whose product with a

@@ -60,7 +60,7 @@ class RMSNorm(nn.Module):
 
 
 def inverse_frequencies(config: ModelConfig, device: torch.device | str) -> Tensor:
-    """Angle per position of each pair of head dimensions, fp32 [D/2]: theta^(-2i/D), LLaMA 3.1 stretched."""
+    """Angle per position of each pair of head dimensions, fp32 [D/2]: theta^(-2i/D), with LLaMA 3.1's scaling."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     freq = 1.0 / config.rope_theta**exponent
     scaling = config.rope_scaling
@@ -74,15 +74,17 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | str) -> Tens
     return (1 - keep) * freq / scaling.factor + keep * freq
 
 
-def rotation(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_cos_sin(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and ∓sin (minus for the first half of a head) of every angle, [T, 1, D] in `dtype`; angles in ≥ fp32."""
-    wide = torch.promote_types(dtype, torch.float32)
-    angles = positions.to(wide)[:, None] * inverse_frequencies(config, positions.device).to(wide)  # [T, D/2]
+    angle_dtype = torch.promote_types(dtype, torch.float32)
+    angles = positions.to(angle_dtype)[:, None] * inverse_frequencies(config, positions.device).to(
+        angle_dtype
+    )  # [T, D/2]
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply RoPE to x [T, heads, D], the two halves of a head being the real and imaginary parts."""
     first, second = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
@@ -106,7 +108,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -192,7 +194,7 @@ class Transformer(nn.Module):
         `grpo.token_logprobs`), because [T, V] of them rarely fit.
         """
         x = self.model.embed_tokens(tokens)  # [T, C]
-        cos, sin = rotation(positions, self.config, x.dtype)
+        cos, sin = rope_cos_sin(positions, self.config, x.dtype)
         for block in self.model.layers:
             x = block(x, cos, sin, attend)
         return self.model.norm(x)

@@ -35,9 +35,9 @@ FP32 = 4
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 # the settings that memory depends on: in sampling, in the passes of an update, and for the weights
-ROLLOUT_SETTINGS = ("rollout_rows", "rollout_cache_tokens", "max_reply_tokens")
+ROLLOUT_SETTINGS = ("max_num_seqs", "rollout_cache_tokens", "max_reply_tokens")
 PASS_SETTINGS = ("tokens_per_microbatch", "logprob_chunk_tokens", "activation_checkpointing")
-WEIGHT_SETTINGS = ("accumulate_whole", "kl_coef", "offload_reference", "offload_optimizer")
+WEIGHT_SETTINGS = ("accumulate_unsharded", "kl_coef", "offload_reference", "offload_optimizer")
 
 
 class Part(NamedTuple):
@@ -85,7 +85,7 @@ def estimate(
     sharded = cuda or processes > 1
     size, frozen = config.num_parameters, reference.num_parameters if reference else 0
     shard = -(-size // processes)
-    unsharded = (number + FP32) * size if settings["accumulate_whole"] and sharded else 0
+    unsharded = (number + FP32) * size if settings["accumulate_unsharded"] and sharded else 0
     masters = "host" if settings["offload_optimizer"] else device
     at_first_rollout = (
         Part("weights (fp32)", FP32 * shard, masters),
@@ -114,7 +114,7 @@ def cache_bytes(
     replies = -(-settings["prompts_per_step"] // processes) * settings["group_size"]
     block_size = CUDA_BLOCK_SIZE if cuda else CPU_BLOCK_SIZE
     rows, lengths = (CUDA_MAX_NUM_SEQS, None) if cuda else (replies, [longest] * replies)
-    rows, element_size = settings["rollout_rows"] or rows, 2 if cuda else FP32
+    rows, element_size = settings["max_num_seqs"] or rows, 2 if cuda else FP32
     blocks = plan_cache(config, element_size, free, block_size, rows, settings["rollout_cache_tokens"], lengths)
     return kv_bytes_per_token(config, element_size) * blocks * block_size
 

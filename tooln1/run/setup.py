@@ -100,7 +100,7 @@ def build(
         tokenizer=tokenizer,
         policy=policy,
         reference=reference,
-        sampler=Sampler(sampling_copy, tokenizer.stop_ids, config.rollout_rows, config.rollout_cache_tokens),
+        sampler=Sampler(sampling_copy, tokenizer.stop_ids, config.max_num_seqs, config.rollout_cache_tokens),
         optimizer=torch.optim.AdamW(
             policy.parameters(),
             lr=config.learning_rate,
@@ -133,7 +133,7 @@ def load_models(config: Config, world: World, vocabulary: int) -> tuple[Transfor
         if config.compile:
             block.compile_parts()
     # Each is sharded before the next is loaded, so that only one full model is in memory at a time.
-    policy = shard(policy, world, low, config.offload_optimizer, settings["accumulate_whole"])
+    policy = shard(policy, world, low, config.offload_optimizer, settings["accumulate_unsharded"])
     if path := reference_of(config):
         reference = load_model(path, low, world.device, vocabulary).requires_grad_(False)
         reference = shard(reference, world, offload=config.offload_reference)
@@ -161,7 +161,7 @@ def resolved(config: Config, parameters: int) -> dict[str, Any]:
     on = {"on": True, "off": False}
     return asdict(config) | {
         "activation_checkpointing": on.get(config.activation_checkpointing, parameters > 1e9),
-        "accumulate_whole": on.get(config.accumulate_whole, parameters < 2e9),
+        "accumulate_unsharded": on.get(config.accumulate_unsharded, parameters < 2e9),
     }
 
 
@@ -209,7 +209,7 @@ def reference_of(config: Config) -> str:
 def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Sequence, list[LoadedBenchmark]]:
     """The training examples and what to evaluate on; over-long examples are left out."""
     keep_short = partial(drop_long, tokenizer=tokenizer, max_prompt_tokens=config.max_prompt_tokens, think=config.think)
-    held_out = read_examples(config.eval_data)[: config.eval_rows or None] if config.eval_data else []
+    held_out = read_examples(config.eval_data)[: config.max_eval_examples or None] if config.eval_data else []
     held_out, held_out_dropped = keep_short(held_out, where=config.eval_data)
     kept, dropped = keep_short(read_examples(config.train_data), where=config.train_data)
     if not kept:

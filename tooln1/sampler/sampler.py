@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tooln1.data import Rollout
-from tooln1.grpo import only_known
+from tooln1.grpo import mask_padded_vocab
 from tooln1.model import Attend, Transformer
 from tooln1.sampler.kv_cache import CPU_BLOCK_SIZE, CUDA_BLOCK_SIZE, CUDA_MAX_NUM_SEQS, KVCache, plan_cache, to_device
 from tooln1.sampler.paged_attention import FlexDecode, GatheredDecode, PrefillAttention
 from tooln1.sampler.sampling import SamplingParams, reply_streams, sample_tokens, uniforms
 from tooln1.sampler.scheduler import BlockManager, Scheduler, Sequence, SequenceGroup, Stats, Step
 
-CUDA_ROWS = 1 << 16  # of last_tokens: more than most calls have sequences, because graphs are made for one size
+LAST_TOKENS_SIZE = 1 << 16  # of last_tokens: more than most calls have sequences, because graphs are made for one size
 
 
 class Sampler:
@@ -99,7 +99,7 @@ class Sampler:
             group.seqs.append(Sequence(group, i, i % group_size, limit, stream))
         num_seqs = min(self.max_num_seqs or len(limits), len(limits))
         self._reserve([seq for group in groups for seq in group.seqs], num_seqs)
-        longest_first = sorted(groups, key=lambda group: -len(group.prompt))  # a lack of memory shows at once
+        longest_first = sorted(groups, key=lambda group: -len(group.prompt))  # so that running out of cache fails early
         blocks = BlockManager(self.cache.num_blocks, self.block_size)
         scheduler = Scheduler(longest_first, blocks, num_seqs, self.max_prefill_tokens, self.stop_ids)
         try:
@@ -167,7 +167,7 @@ class Sampler:
     def _sample(self, hidden: Tensor, inputs: Tensor, params: SamplingParams) -> Tensor:
         """Token and log-prob, fp64 [2, B], from hidden states [B, C]."""
         rows, _, streams, indices = inputs
-        logits = only_known(F.linear(hidden, self.model.head).float(), self.model.vocabulary)  # [B, V]
+        logits = mask_padded_vocab(F.linear(hidden, self.model.head).float(), self.model.vocabulary)  # [B, V]
         token, logprob = sample_tokens(logits, uniforms(streams, indices), *params)
         self.last_tokens[rows] = token
         return torch.stack((token.double(), logprob.double()))  # one copy to the host; fp64 holds ids exactly
@@ -184,7 +184,7 @@ class Sampler:
         """
         if len(seqs) >= len(self.last_tokens):
             self.graphs.clear()
-            size = max(len(seqs) + 1, CUDA_ROWS if self.cuda else 0)
+            size = max(len(seqs) + 1, LAST_TOKENS_SIZE if self.cuda else 0)
             self.last_tokens = torch.zeros(size, dtype=torch.int64, device=self.device)
         config, like = self.model.config, self.model.head
         lengths = [(len(seq.group.prompt), seq.max_new_tokens) for seq in seqs]

@@ -38,7 +38,7 @@ class Status(Enum):
 class SequenceGroup:
     """A prompt and the replies to sample for it."""
 
-    index: int  # which prompt of the call
+    index: int  # of the prompt in the `generate` batch
     prompt: list[int]  # token ids
     seqs: list[Sequence] = field(default_factory=list)
     prompt_blocks: list[int] = field(default_factory=list)  # the prompt's blocks, kept for sequences yet to start
@@ -53,7 +53,7 @@ class Sequence:
     """One reply being sampled."""
 
     group: SequenceGroup
-    index: int  # which reply of the call
+    index: int  # of the reply in the `generate` batch
     sample: int  # which reply of the group
     max_new_tokens: int
     stream: int = 0  # of its random numbers
