@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from tooln1.benchmarks import NAMES, bfcl, paper, runner, table
+from tooln1.benchmarks import NAMES, runner, table
 from tooln1.benchmarks.runner import GenerationConfig, Key, LoadedBenchmark, Prediction
 from tooln1.distributed import World, launch
 from tooln1.io import weights
@@ -43,13 +43,13 @@ BATCHES_PER_CHUNK = 4  # full batches (--rows) of replies in a chunk, which is w
 
 def evaluate(options: argparse.Namespace, world: World) -> int:
     """Generate (or read) the predictions, score them, write and print the results; returns the exit code."""
-    benchmarks = runner.load_benchmarks(options.bench, options.limit, options.bfcl_changed)
+    benchmarks = runner.load_benchmarks(options.bench, options.limit)
     out = check_writable(options.out, "--out")
     sources = {out: options.predictions or options.model}
     if options.base_model:
         sources[out / "base"] = options.base_model
     if options.model:
-        for model in sources.values():  # what is wrong with the second should not be found hours later
+        for model in sources.values():  # find an error in the second model before the first is evaluated
             read_config(model)
             load_tokenizer(model).prompt_ids(options.generation.messages(benchmarks[0].chosen[0]))
     results = {}
@@ -66,8 +66,6 @@ def evaluate(options: argparse.Namespace, world: World) -> int:
             with atomic_write(folder / "results.json") as opened:
                 opened.write(json.dumps(result, indent=2) + "\n")
             results[f"{'ours' if folder == out else 'base'}: {'/'.join(Path(source).parts[-2:])}"] = result
-            if folder == out and options.export_bfcl:
-                export_bfcl(benchmarks, found, options.export_bfcl)
     if world.is_main:
         print(table.report(results), f"written to {out}", sep="\n\n")
     return int(any(not summary["valid"] for result in results.values() for summary in result["benchmarks"].values()))
@@ -81,21 +79,9 @@ def score(
     with atomic_write(out / "failures.jsonl") as file:
         for benchmark in benchmarks:
             scored = runner.score_predictions(benchmark, found, think)
-            notes = paper.notes(benchmark.name, benchmark.module, benchmark.chosen)
-            summaries[benchmark.name] = runner.summarise(benchmark, scored) | {"notes": notes}
+            summaries[benchmark.name] = runner.summarise(benchmark, scored)
             file.writelines(to_json(row) + "\n" for row in runner.failures(benchmark, scored))
     return summaries
-
-
-def export_bfcl(benchmarks: Sequence[LoadedBenchmark], found: dict[Key, Prediction], directory: str) -> None:
-    """Write the replies to BFCL (the first sample of each case) for the official `bfcl evaluate`."""
-    cases = [case for benchmark in benchmarks if benchmark.name == "bfcl" for case in benchmark.chosen]
-    predictions = {case.id: found.get(("bfcl", case.id, 0)) for case in cases}
-    replies = {case_id: p.completion for case_id, p in predictions.items() if p and not p.fault}
-    folder = Path(directory).resolve()  # bfcl-eval resolves relative paths from its own folder
-    files = bfcl.export(replies, cases, folder)
-    print(f"{len(files)} files for bfcl-eval, {len(cases) - len(replies)} cases left out. To score them:")
-    print(f"bfcl evaluate --result-dir {folder} --model {bfcl.OFFICIAL_MODEL} --partial-eval\n")
 
 
 def generate(
@@ -128,7 +114,7 @@ def generate(
                     row = dict(zip(("bench", "id", "sample"), key, strict=True)) | asdict(prediction)
                     file.write(to_json(row) + "\n")
 
-    chunk = BATCHES_PER_CHUNK * sampler.rows * world.size
+    chunk = BATCHES_PER_CHUNK * sampler.max_num_seqs * world.size
     for benchmark in benchmarks:
         for new in runner.generate_predictions(benchmark, sampler, tokenizer, world, generation, known, chunk):
             known |= new
@@ -163,9 +149,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--predictions", metavar="FILE", help='score these replies: JSON lines {"id", "completion"}')
     add("--out", required=True, metavar="DIR", help="directory for the results")
     add("--limit", type=int, default=0, metavar="N", help="only the first N cases of each benchmark")
-    add("--bfcl-changed", choices=runner.CHANGED, default="all", help="BFCL's entries that changed since the paper")
     add("--no-think", dest="think", action="store_false", help="neither ask for reasoning nor check for it")
-    add("--export-bfcl", metavar="DIR", help="write the replies to BFCL for the official bfcl evaluate")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     add = parser.add_argument_group("generation, only with --model").add_argument
     add("--base-model", metavar="MODEL", help="evaluate this model too and print its row beside")
@@ -177,9 +161,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", type=int, default=0, metavar="N", help="most replies at once per process (512 on CUDA, else 64)")
     parser.set_defaults(**defaults)
     options = parser.parse_args(argv)
-    for name in ("base_model", "rows", *(defaults.keys() - {"think"})):
-        if options.predictions and getattr(options, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} is of no use: with --predictions no reply is generated")
     if not 0 <= options.temperature < float("inf"):
         parser.error(f"--temperature must be a number of at least 0, not {options.temperature}")
     if options.samples > 1 and options.temperature == 0:

@@ -4,8 +4,8 @@
 
 Runs where bfcl-eval is installed, which is best in an environment of its own: pip install --no-deps
 bfcl-eval==2026.3.23, then numpy pandas python-dotenv filelock overrides tqdm. Each case gets a reply made of its
-accepted values: as they are in the first round, with a random change in the others. `export` writes the replies,
-bfcl-eval's own runner scores the files. What it imports for other models, and is not installed, is left empty.
+accepted values: as they are in the first round, with a random change in the others. `write_results` writes the
+replies, bfcl-eval's own runner scores the files. What it imports for other models, and is not installed, is left empty.
 """
 
 import argparse
@@ -24,7 +24,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from bfcl_fixtures import gold_calls, mutated  # noqa: E402
 
 from tooln1.benchmarks import bfcl  # noqa: E402
+from tooln1.io.files import atomic_write  # noqa: E402
 from tooln1.prompt import format_reply  # noqa: E402
+
+# bfcl-eval knows no Tool-N1. This model's handler reads the JSON list that a call block holds, keeps dots in names,
+# and fails to decode "".
+OFFICIAL_MODEL = "Salesforce/Llama-xLAM-2-8b-fc-r"
 
 
 class Empty(types.ModuleType):
@@ -55,9 +60,23 @@ def official_runner():
             sys.modules[error.name] = Empty(error.name)
 
 
+def write_results(predictions: dict[str, str], cases: list, folder: Path) -> None:
+    """Write replies (id -> text) as the result files of OFFICIAL_MODEL, which bfcl-eval scores as `bfcl.score` does."""
+    rows: dict[str, list[dict]] = {category: [] for category in bfcl.CATEGORIES}
+    for case in cases:
+        output = bfcl.stored_output(predictions[case.id])
+        result = "" if bfcl.decoded(output) is None else json.dumps(output or [])
+        rows[case.category].append({"id": case.id, "result": result})
+    for category, results in rows.items():
+        group = "live" if category.startswith("live_") else "non_live"
+        name = f"BFCL_v4_{category}_result.json"
+        with atomic_write(folder / OFFICIAL_MODEL.replace("/", "_") / group / name) as file:
+            file.writelines(json.dumps(row) + "\n" for row in results)
+
+
 def official_faults(predictions: dict[str, str], cases: list, folder: Path) -> dict[str, str]:
     """Id -> bfcl-eval's error type, "" where right, as its runner writes them into score files."""
-    bfcl.export(predictions, cases, folder / "result")
+    write_results(predictions, cases, folder / "result")
     found, scored = dict.fromkeys(predictions, ""), 0
     official_runner().runner(None, list(bfcl.CATEGORIES), folder / "result", folder / "score")
     for file in folder.glob("score/*/*/*_score.json"):

@@ -117,7 +117,7 @@ def test_a_total_may_be_a_mean_of_means():
     result = summarise(fake, score_predictions(fake, match_predictions(rows, [fake])[0], True))
     spread = statistics.stdev([0.75, 0.5])
     assert result["totals"]["mean"] == {"accuracy": 0.625, "spread": spread, "by_sample": [0.75, 0.5]}
-    full = {"benchmarks": {"fake": result | {"notes": []}}, "unknown_ids": []}
+    full = {"benchmarks": {"fake": result}, "unknown_ids": []}
     lines = report({"ours": full}).splitlines()
     assert lines[:2] == ["fake: 3 of 3 cases of fake.jsonl", "mean ± standard deviation over 2 samples"]
     assert "  X         0.250 ± 0.354    1/4" in lines and "  mean      0.625 ± 0.177" in lines
@@ -139,52 +139,15 @@ def test_other_rules_have_rows_of_their_own_and_missing_predictions_count_there_
     assert log_totals(fake, {}, True) == {"fake_all_lax": 0.0, "fake_all": 0.0}
 
 
-RIGHT, WRONG = format_reply([{"name": "f", "arguments": {"a": 1}}]), format_reply([])
-
-
-@pytest.fixture
-def small_bfcl(tmp_path) -> SimpleNamespace:
-    """Three categories; three entries that changed since the paper, all answered wrongly, and one nobody can win."""
-    data, functions = tmp_path / "data", [function(required=["a"], a=typed("integer"))]
-    gold = [{"f": {"a": [1]}}]
-    write_category(data, "simple_python", functions, gold, ["simple_python_1", "simple_python_363"])
-    write_category(data, "live_simple", functions, gold, ["live_simple_106-63-0"])
-    write_category(data, "irrelevance", functions, ids=[f"irrelevance_{number}" for number in (7, 8, 232)])
-    rows = []
-    for case in load_benchmarks([f"bfcl={data}"])[0].cases:
-        right = (case.category == "irrelevance") == (case.id in bfcl.CHANGED_SINCE_PAPER)
-        rows.append({"id": case.id, "completion": RIGHT if right else WRONG})
-    file = write_rows(tmp_path / "replies.jsonl", rows)
-    arguments = ["--bench", f"bfcl={data}", "--predictions", file, "--out", tmp_path / "out"]
-    return SimpleNamespace(arguments=arguments, out=tmp_path / "out", file=file, rows=rows)
-
-
-@pytest.mark.parametrize(
-    ("option", "simple", "irrelevance"),
-    [("all", (1, 2), (1, 3)), ("leave-out", (1, 1), (1, 1)), ("only", (0, 1), (0, 2))],
-)
-def test_entries_changed_since_the_paper_can_be_chosen(small_bfcl, capsys, option, simple, irrelevance):
-    assert run_eval(*small_bfcl.arguments, "--bfcl-changed", option) == 1  # categories are missing
-    result = results(small_bfcl.out)["benchmarks"]["bfcl"]
-    counts = {name: (row["right"], row["replies"]) for name, row in result["categories"].items()}
-    assert (counts["simple_python"], counts["irrelevance"]) == (simple, irrelevance)
-    assert ("live_simple" in counts) == (option != "only") and "overall" not in result["totals"]
-    printed = words(capsys.readouterr().out)
-    assert "MISSING in the data, with the totals that need them: simple_java" in printed
-    assert ("3 of these cases changed after the paper's date" in printed) == (option != "leave-out")
-    assert ("No answer is counted as right in 1 of these" in printed) == (option != "only")
-
-
-def test_replies_are_exported_for_the_official_command(small_bfcl, capsys, tmp_path):
-    rows = [*small_bfcl.rows[1:], {**small_bfcl.rows[2], "completion": "other"}]  # one missing, one conflicting
-    rows[0] |= {"fault": "prompt_too_long"}
-    write_rows(small_bfcl.file, rows)
-    assert run_eval(*small_bfcl.arguments, "--export-bfcl", tmp_path / "export") == 1
-    written = {row["id"]: row["result"] for path in (tmp_path / "export").rglob("*.json") for row in read_rows(path)}
-    call = '[{"name": "f", "arguments": {"a": 1}}]'
-    assert written == {"irrelevance_8": "[]", "irrelevance_232": call, "live_simple_106-63-0": call}
-    printed = capsys.readouterr().out
-    assert f"bfcl evaluate --result-dir {tmp_path / 'export'} --model" in printed and "--partial-eval\n" in printed
+def test_missing_categories_are_named_and_change_the_exit_code(tmp_path, capsys):
+    data = write_category(
+        tmp_path / "data", "live_simple", [function(required=["a"], a=typed("integer"))], [{"f": {"a": [1]}}]
+    )
+    file = write_rows(tmp_path / "r.jsonl", [{"id": "live_simple_0", "completion": format_reply([])}])
+    assert run_eval("--bench", f"bfcl={data}", "--predictions", file, "--out", tmp_path / "out") == 1
+    result = results(tmp_path / "out")["benchmarks"]["bfcl"]
+    assert not result["valid"] and "overall" not in result["totals"] and "simple_java" in result["missing_categories"]
+    assert "MISSING in the data, with the totals that need them: simple_python" in words(capsys.readouterr().out)
 
 
 @pytest.mark.slow

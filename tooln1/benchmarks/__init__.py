@@ -6,10 +6,7 @@ A benchmark is a module of this package with three functions (`Benchmark`):
     score(case, completion, think)      whether one reply is right, and if not, its first fault
     totals(by_category)                 the accuracies over all categories, the main one last
 
-and, where they apply, these names:
-
-    CATEGORIES                          all categories; one that the data do not have is reported
-    NEVER_RIGHT, CHANGED_SINCE_PAPER    ids of cases whose rules accept no answer, and of those that changed
+and optionally CATEGORIES, all categories; one without cases in the data is reported.
 
 To add one: write the module and put its name into NAMES; the paper's rows for it go into paper.py.
 """
@@ -44,9 +41,7 @@ class Verdict:
 
     ok: bool
     why: str  # a short, countable name of the first fault, such as "wrong_arguments"; "" when ok
-    also: Mapping[str, bool] = field(
-        default_factory=dict
-    )  # another rule -> right by that rule; each has its own rows in the table
+    also: Mapping[str, bool] = field(default_factory=dict)  # another rule -> right by it; has rows of its own
 
 
 def row_by_rule(category: str, rule: str) -> str:

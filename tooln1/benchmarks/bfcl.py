@@ -4,17 +4,11 @@
 (the checker of the paper's date gives the same verdicts) with the released Tool-N1 handler in front: the first call
 block of a reply counts, and reasoning is not looked for. Deviations: where the official run crashes ("raises:...") or
 hangs, the reply is wrong; call blocks over the limits of `prompt.read_json` are not read.
-
-Some entries differ from those of the paper's date (CHANGED_SINCE_PAPER), and some nobody can win (NEVER_RIGHT).
 """
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from tooln1.benchmarks import Tally, Verdict
@@ -22,54 +16,13 @@ from tooln1.benchmarks.bfcl_checker import PYTHON, Call, ast_fault
 from tooln1.benchmarks.bfcl_data import CATEGORIES as CATEGORIES
 from tooln1.benchmarks.bfcl_data import IRRELEVANCE, LANGUAGES, LIVE, RELEVANCE, SIMPLE, BfclCase
 from tooln1.benchmarks.bfcl_data import load as load
-from tooln1.io.files import atomic_write
 from tooln1.prompt import call_blocks, read_json
-
-# Entries that nobody wins by what the question asks for: no value of the declared type is accepted, or a parameter is
-# demanded that does not exist. (An oddity: simple_java_64 takes an empty map.)
-NEVER_RIGHT = (
-    "simple_java_36",
-    "simple_java_64",
-    "simple_java_65",
-    "live_simple_106-63-0",
-    "live_simple_112-68-0",
-    "live_multiple_862-181-3",
-    "live_multiple_964-207-0",
-)
-
-# Entries of bfcl-eval 2026.3.23 that are new or other than on 2025-04-13 (gorilla 9108a65), which the paper used,
-# and live_relevance_16-16-0, which was dropped.
-CHANGED_SINCE_PAPER = (
-    "simple_python_363",
-    "simple_javascript_41",
-    "parallel_84",
-    "parallel_155",
-    "parallel_158",
-    "parallel_170",
-    "parallel_multiple_141",
-    "live_simple_137-90-0",
-    "live_simple_138-91-0",
-    "live_simple_205-116-13",
-    "live_multiple_44-17-0",
-    "live_multiple_1052-279-0",
-    "live_parallel_9-5-0",
-    "irrelevance_7",
-    "irrelevance_232",
-    "live_irrelevance_882-882-0",
-    "live_irrelevance_883-883-0",
-    "live_relevance_3-3-0",
-    "live_relevance_13-13-0",
-    "live_relevance_14-14-0",
-    "live_relevance_15-15-0",
-    "live_relevance_16-16-0",
-)
-
 
 # ------------------------------------------------------------------------------------------------------ scoring
 
 
 def score(case: BfclCase, completion: str, think: bool = True) -> Verdict:
-    """The verdict on a reply; `why` is the official error type. Thinking is neither asked for nor looked at."""
+    """The verdict on a reply; `why` is the official error type. Reasoning is not checked."""
     return score_output(case, stored_output(completion))
 
 
@@ -148,41 +101,3 @@ def totals(by_category: dict[str, Tally]) -> dict[str, Tally | float]:
         else:
             figures[name] = statistics.fmean(v.accuracy if isinstance(v, Tally) else v for v in values)
     return {name: figures[name] for name in AVERAGES if name in figures}
-
-
-# ------------------------------------------------------------------------------------------------------- export
-
-OFFICIAL_MODEL = "Salesforce/Llama-xLAM-2-8b-fc-r"
-
-
-def export(
-    predictions: Mapping[str, str], cases: Iterable[BfclCase], directory: str | os.PathLike, model: str = OFFICIAL_MODEL
-) -> list[Path]:
-    """Write replies as result files that `bfcl evaluate --result-dir directory --model model` scores as `score` does.
-
-    predictions: id -> the reply's text; a case without one is left out (the official command then asks for
-                 --partial-eval, and does not count it).
-    model:       under whose name bfcl-eval finds the results, and whose handler decodes them. bfcl-eval knows no
-                 Tool-N1; xLAM-2's handler reads the JSON list that a call block holds, keeps dots in names, and for
-                 "" fails to decode. So a reply becomes its call block, or "" where the Tool-N1 handler fails.
-    Returns the files, <directory>/<model>/<non_live or live>/BFCL_v4_<category>_result.json.
-    """
-    rows: dict[str, list[dict]] = {}
-    for case in cases:
-        if case.id in predictions:
-            rows.setdefault(case.category, []).append({"id": case.id, "result": _result(predictions[case.id])})
-    files = []
-    for category, results in rows.items():
-        group = "live" if category.startswith("live_") else "non_live"
-        files.append(Path(directory, model.replace("/", "_"), group, f"BFCL_v4_{category}_result.json"))
-        with atomic_write(files[-1]) as file:
-            file.writelines(json.dumps(row) + "\n" for row in results)
-    return files
-
-
-def _result(completion: str) -> str:
-    """The text of a reply's calls for a handler that expects a JSON list."""
-    output = stored_output(completion)
-    if decoded(output) is None:
-        return ""
-    return next(call_blocks(completion)) if isinstance(output, list) else "[]"

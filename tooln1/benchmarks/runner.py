@@ -26,13 +26,9 @@ from tooln1.sampler.distributed import generate_distributed
 from tooln1.sampler.sampler import Sampler
 from tooln1.tokenizer import Tokenizer
 
-NO_PREDICTION, CONFLICTING, TOO_LONG = (
-    "no_prediction",
-    "conflicting_predictions",
-    "prompt_too_long",
-)  # `Prediction.fault`
+# `Prediction.fault`
+NO_PREDICTION, CONFLICTING, TOO_LONG = "no_prediction", "conflicting_predictions", "prompt_too_long"
 WORDINGS = {"train": "train", "released": "released_handler"}  # eval.py's --prompt -> `wording` of build_messages
-CHANGED = ("all", "leave-out", "only")  # which cases to choose of those that changed since the paper
 MAX_SAMPLES = 10_000  # of one case in a predictions file
 Key = tuple[str, str, int]  # benchmark name, case id, sample number
 
@@ -83,10 +79,9 @@ class Scored:
     verdict: Verdict
 
 
-def load_benchmarks(arguments: Sequence[str], limit: int = 0, changed: str = "all") -> list[LoadedBenchmark]:
+def load_benchmarks(arguments: Sequence[str], limit: int = 0) -> list[LoadedBenchmark]:
     """The benchmarks of `--bench NAME=PATH ...`, of each the first `limit` cases (0: all).
 
-    changed: one of CHANGED; applies to a benchmark that lists the cases which changed since the paper.
     Raises UserError for an unknown or repeated name and for data that cannot be read.
     """
     loaded: dict[str, LoadedBenchmark] = {}
@@ -97,11 +92,8 @@ def load_benchmarks(arguments: Sequence[str], limit: int = 0, changed: str = "al
         if name in loaded:
             raise UserError(f"--bench names {name} twice; evaluate the second one in another run.")
         module = benchmark_module(name)
-        cases = chosen = module.load(path)
-        changed_ids = getattr(module, "CHANGED_SINCE_PAPER", ())
-        if changed_ids and changed != "all":
-            chosen = [case for case in cases if (case.id in changed_ids) == (changed == "only")]
-        loaded[name] = LoadedBenchmark(name, path, module, cases, chosen[: limit or None])
+        cases = module.load(path)
+        loaded[name] = LoadedBenchmark(name, path, module, cases, cases[: limit or None])
     return list(loaded.values())
 
 
@@ -191,9 +183,9 @@ def score_predictions(benchmark: LoadedBenchmark, found: Mapping[Key, Prediction
     scored = []
     for sample, case in itertools.product(range(samples), benchmark.chosen):
         prediction = found.get((benchmark.name, case.id, sample), Prediction(None, fault=NO_PREDICTION))
-        verdict = Verdict(False, prediction.fault)
-        if not prediction.fault:
-            verdict = benchmark.module.score(case, prediction.completion, think)
+        verdict = benchmark.module.score(case, prediction.completion or "", think)
+        if prediction.fault:
+            verdict = Verdict(False, prediction.fault, dict.fromkeys(verdict.also, False))
         scored.append(Scored(case, sample, prediction, verdict))
     return scored
 
@@ -205,12 +197,12 @@ def summarise(benchmark: LoadedBenchmark, scored: Sequence[Scored]) -> dict[str,
     them and "spread" their standard deviation (n - 1). Where verdicts have other rules (`Verdict.also`), each category
     has a row for each of them too.
     """
-    rules = benchmark.module.score(benchmark.chosen[0], "", True).also  # known even if no case has a prediction
     by_sample: dict[int, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for row in scored:
         by_sample[row.sample][row.case.category].append(row.verdict.ok)
-    for rule, row in itertools.product(rules, scored):
-        by_sample[row.sample][row_by_rule(row.case.category, rule)].append(row.verdict.also.get(rule, False))
+    for row in scored:  # a second loop, so that the rows of other rules come last
+        for rule, ok in row.verdict.also.items():
+            by_sample[row.sample][row_by_rule(row.case.category, rule)].append(ok)
     tallies = [{name: Tally(sum(oks), len(oks)) for name, oks in rows.items()} for rows in by_sample.values()]
     totals = [benchmark.module.totals(tally) for tally in tallies]
     faults = Counter(row.verdict.why for row in scored if not row.verdict.ok)

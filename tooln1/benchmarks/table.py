@@ -19,8 +19,9 @@ def report(results: Mapping[str, dict[str, Any]]) -> str:
     first = next(iter(results.values()))
     parts = []
     for name, result in first["benchmarks"].items():
-        notes = [textwrap.fill(n, WIDTH, initial_indent="* ", subsequent_indent="  ") for n in result["notes"]]
         by_model = {label: other["benchmarks"][name] for label, other in results.items()}
+        notes = COMPARISONS[name].notes if name in COMPARISONS else ()
+        notes = [textwrap.fill(note, WIDTH, initial_indent="* ", subsequent_indent="  ") for note in notes]
         parts += [table(name, result), comparison(name, by_model), "\n".join(notes)]
     if unknown := first["unknown_ids"]:
         parts.append(f"IGNORED: {len(unknown)} predictions with an id that no case has, such as {unknown[0]!r}")
