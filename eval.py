@@ -177,9 +177,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", type=int, default=0, metavar="N", help="most replies at once per process (512 on CUDA, else 64)")
     parser.set_defaults(**defaults)
     options = parser.parse_args(argv)
-    for name in ("base_model", "rows", *(defaults.keys() - {"think"})):
-        if options.predictions and getattr(options, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} is of no use: with --predictions no reply is generated")
     if not 0 <= options.temperature < float("inf"):
         parser.error(f"--temperature must be a number of at least 0, not {options.temperature}")
     if options.samples > 1 and options.temperature == 0:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
+from tqdm import tqdm
 
 from tooln1.batch import PackedBatch, pack, plan_microbatches, split_into_minibatches
 from tooln1.config import Config, load_config
@@ -24,7 +25,6 @@ from tooln1.grpo import group_advantages, loss_total
 from tooln1.io.errors import exit_on_user_error
 from tooln1.io.files import check_writable
 from tooln1.io.model_config import pair_cost
-from tooln1.io.progress import progress
 from tooln1.prompt import build_messages
 from tooln1.rewards import REWARDS
 from tooln1.run.checkpoint import find_checkpoint
@@ -93,7 +93,8 @@ def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> lis
     """A group of replies to each example, sampled on all ranks and known to all of them afterwards."""
     config = run.config
     prompts = [run.tokenizer.prompt_ids(build_messages(example, config.think)) for example in examples]
-    with progress(len(prompts) * config.group_size, "sampling", "replies", run.world.is_main) as bar:
+    total, hidden = len(prompts) * config.group_size, None if run.world.is_main else True  # None: not on a terminal
+    with tqdm(desc="sampling", total=total, unit=" replies", leave=False, disable=hidden) as bar:
         return generate_distributed(
             run.sampler,
             run.world,

@@ -183,9 +183,9 @@ def test_the_papers_columns_are_rows_of_the_benchmark(name):
     rules = {"acebench": ["official text"], "api_bank": ["ToolRL soft match"]}.get(name, [])
     rows = [*categories, *(f"{category}, {rule}" for category in categories for rule in rules)]
     tallies = {row: Tally(1, 2) for row in rows}
-    keys = {key for group in paper.COMPARISONS[name].columns.values() for key in group.values()}
+    keys = {key for group in paper.COMPARISONS[name]["columns"].values() for key in group.values()}
     assert keys - tallies.keys() - module.totals(tallies).keys() == ({"reported"} if name != "bfcl" else set())
-    assert all(row.keys() <= keys for row in paper.COMPARISONS[name].rows.values())
+    assert all(row.keys() <= keys for row in paper.COMPARISONS[name]["rows"].values())
 
 
 def test_the_table_has_the_form_of_the_papers():

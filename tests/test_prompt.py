@@ -144,7 +144,6 @@ REPLIES = [
 def test_calls_and_fault(text, calls, fault):
     reply = parse_reply(text)
     assert (reply.calls, reply.fault) == (calls, fault)
-    assert bool(reply.detail) == (fault != "none")
 
 
 STRICT = f"<think>t</think> {block(f'[{CALL}]')}"

@@ -239,14 +239,14 @@ def test_broken_files_are_named(tmp_path, name, content):
 
 def test_a_directory_goes_before_the_hub_and_a_hub_id_is_fetched_by_its_patterns(tmp_path, monkeypatch):
     def snapshot_download(name, allow_patterns):
-        if (name, allow_patterns) != ("Qwen/Qwen2.5-7B-Instruct", ["*.json"]):
+        if (name, allow_patterns) != ("Qwen/Qwen2.5-7B-Instruct", ("*.json",)):
             raise OSError("401 gated")
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
-    assert local_directory("Qwen/Qwen2.5-7B-Instruct", ["*.json"]) == tmp_path
+    assert local_directory("Qwen/Qwen2.5-7B-Instruct", ("*.json",)) == tmp_path
     with pytest.raises(UserError, match="(?s)org/name.*401 gated.*hf auth login"):
-        local_directory("org/name", ["*"])
+        local_directory("org/name", ("*",))
     (tmp_path / "org" / "name").mkdir(parents=True)
-    assert local_directory("org/name", ["*"]).resolve() == tmp_path / "org" / "name"
+    assert local_directory("org/name", ("*",)).resolve() == tmp_path / "org" / "name"

@@ -24,25 +24,13 @@ from torch.utils.checkpoint import checkpoint
 from tooln1.attention import causal
 from tooln1.io.errors import UserError
 from tooln1.io.files import atomic_directory
-from tooln1.io.hub import local_directory
+from tooln1.io.hub import CONFIG_FILES, WEIGHT_FILES, local_directory
 from tooln1.io.jsonl import parse_json, read_text
 from tooln1.io.model_config import ModelConfig, parse_config
-from tooln1.io.weights import read_weights, stored_tensors, write_weights
+from tooln1.io.weights import INDEX, read_weights, write_weights
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]"""
-
-TOKENIZER_FILES = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-]
-MODEL_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
-
 
 # ---------------------------------------------------------------------------------------------- architecture
 
@@ -217,7 +205,7 @@ def sequence_logits(model: Transformer, ids: list[int]) -> Tensor:
 
 def read_config(path: str | Path) -> ModelConfig:
     """The configuration of a model directory or hub id."""
-    file = local_directory(path, MODEL_FILES) / "config.json"
+    file = local_directory(path) / "config.json"
     return parse_config(parse_json(read_text(file), str(file), constants=True), str(file))
 
 
@@ -238,14 +226,12 @@ def load_model(
         raise UserError(
             f"{path}: its tokenizer has {vocabulary} ids, the model {config.vocab_size}; they do not belong together."
         )
-    directory = local_directory(path, MODEL_FILES)
-    stored = stored_tensors(directory, ("rotary_emb.inv_freq", "lm_head.weight")[: 1 + config.tie_word_embeddings])
-    if config.num_hidden_layers > len(stored):  # told before so many layers are built
-        raise UserError(f"{directory}: {len(stored)} weights are no {config.num_hidden_layers} layers of config.json.")
+    directory = local_directory(path)
     with torch.device("meta"):
         model = Transformer(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    state = read_weights(directory, stored, shapes, dtype, device)
+    unneeded = ("rotary_emb.inv_freq", "lm_head.weight")[: 1 + config.tie_word_embeddings]
+    state = read_weights(directory, shapes, dtype, device, unneeded)
     model.load_state_dict(state, strict=True, assign=True)
     model.source, model.vocabulary = directory, vocabulary or config.vocab_size
     return model
@@ -283,12 +269,16 @@ def save_model(model: Transformer, path: str | Path, dtype: torch.dtype | None =
     with atomic_directory(path) as directory:
         (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         write_weights(state, directory, dtype)
-        for name in ["generation_config.json", *TOKENIZER_FILES]:
-            if model.source is not None and (model.source / name).exists():
-                shutil.copyfile(model.source / name, directory / name)
+        for file in matching_files(model.source, CONFIG_FILES) if model.source else ():
+            if file.name not in ("config.json", INDEX):
+                shutil.copyfile(file, directory / file.name)
 
 
 def model_files(path: str | Path) -> list[Path]:
     """The files of a model directory or hub id that make the model and its tokenizer."""
-    directory = local_directory(path, MODEL_FILES)
-    return [file for pattern in MODEL_FILES for file in directory.glob(pattern)]
+    return matching_files(local_directory(path), CONFIG_FILES + WEIGHT_FILES)
+
+
+def matching_files(directory: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """The files of a directory that match one of the patterns, sorted."""
+    return sorted(file for pattern in patterns for file in directory.glob(pattern))

@@ -16,13 +16,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from tooln1.data import Example
 from tooln1.io.errors import UserError
-from tooln1.io.jsonl import shown
+from tooln1.io.jsonl import kind_of, shown
+from tooln1.tokenizer import Tokenizer
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
@@ -124,17 +125,15 @@ def build_messages(example: Example, think: bool = True, *, wording: Wording = "
     wording: "train" is the template of training. "released_handler" is that of the released BFCL handler:
              another system text, with a rule for "no function fits", in place of `example.system`.
     Returns [{"role": "system" | "user" | "assistant" | "tool", "content": str}, ...].
-    Raises UserError for an unknown wording, or a released handler without reasoning (there is none).
+    Raises UserError for an unknown wording, and for the released handler's without reasoning, which does not exist.
     """
     if wording == "train":
         section = TOOLS_SECTION + (THINK_INSTRUCTION if think else NO_THINK_INSTRUCTION)
         prefix = example.system
     elif wording == "released_handler" and think:
         section, prefix = RELEASED_HANDLER_SYSTEM, ""
-    elif wording == "released_handler":
-        raise UserError('the wording "released_handler" always asks for reasoning: use it with think=True')
     else:
-        raise UserError(f'unknown prompt wording {wording!r}: choose "train" or "released_handler"')
+        raise UserError(f"there is no prompt wording {wording!r} with think={think}; use train, or released_handler")
     system = prefix + section.replace("{tools}", render_tools(example.tools))
     turns = [{"role": turn["role"], "content": turn["content"]} for turn in example.messages]
     return [{"role": "system", "content": system}, *turns]
@@ -171,7 +170,6 @@ class Reply:
     calls: list[dict] | None  # each has "name" and "arguments", of any JSON type; None when they do not read
     has_think: bool  # "<think>" and "</think>" both occur, anywhere and in any order
     fault: ReplyFault  # the first that applies, in the order of its list
-    detail: str  # the fault in words, for people; "" when there is none
     is_strict: bool  # one think block, then one call block with a list of well-typed calls, and nothing else
 
 
@@ -187,20 +185,15 @@ def parse_reply(text: str) -> Reply:
     """
     kept = text[max(text.rfind(ASSISTANT_MARKER), 0) :]
     has_think = THINK_OPEN in kept and THINK_CLOSE in kept
-    block = None
-    for block in call_blocks(kept):  # noqa: B007  the last one is wanted
-        pass
-    if block is None:
-        detail = f"no {CALL_OPEN} with a {CALL_CLOSE} after it"
-        return Reply(None, has_think, "no_call_block", detail, is_strict=False)
+    blocks = list(call_blocks(kept))
+    if not blocks:
+        return Reply(None, has_think, "no_call_block", is_strict=False)
     try:
-        calls = read_calls(block)
+        calls = read_calls(blocks[-1])
     except UnreadableCalls as error:
-        return Reply(None, has_think, error.fault, str(error), is_strict=False)
-    is_strict = block.startswith("[") and _well_typed(calls) and _has_strict_layout(text)
-    if not has_think:
-        return Reply(calls, has_think, "no_think", f"{THINK_OPEN} or {THINK_CLOSE} is missing", is_strict)
-    return Reply(calls, has_think, "none", "", is_strict)
+        return Reply(None, has_think, error.fault, is_strict=False)
+    is_strict = blocks[-1].startswith("[") and _well_typed(calls) and _has_strict_layout(text)
+    return Reply(calls, has_think, "none" if has_think else "no_think", is_strict)
 
 
 def call_blocks(text: str) -> Iterator[str]:
@@ -241,7 +234,7 @@ def read_json(text: str) -> Any:
 
 
 class UnreadableCalls(ValueError):
-    """Text or a value that is no list of calls; `fault` names which way, the message says it in words."""
+    """Raised for text or a value that is not a list of calls; `fault` is its class, the message says why."""
 
     def __init__(self, fault: ReplyFault, detail: str):
         super().__init__(detail)
@@ -274,23 +267,14 @@ def checked_calls(value: Any) -> list[dict]:
     if value == "":
         value = []  # the released loop over a string's characters finds nothing wrong with an empty one
     if not isinstance(value, list):
-        raise UnreadableCalls("bad_format", f"{_kind(value)} instead of a list of calls")
+        raise UnreadableCalls("bad_format", f"{kind_of(value)} instead of a list of calls")
     for number, item in enumerate(value, start=1):
         if not isinstance(item, dict):
-            raise UnreadableCalls("bad_format", f"call {number} is {_kind(item)}, not an object")
+            raise UnreadableCalls("bad_format", f"call {number} is {kind_of(item)}, not an object")
         for key in ("name", "arguments"):
             if key not in item:
                 raise UnreadableCalls("bad_format", f'call {number} has no "{key}"')
     return value
-
-
-def _kind(value: Any) -> str:
-    """A JSON value's kind in words."""
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, int | float):
-        return "a number"
-    return {str: "a string", list: "a list", dict: "an object"}.get(type(value), "null")
 
 
 def _well_typed(calls: list[dict]) -> bool:
@@ -313,16 +297,9 @@ def _has_strict_layout(text: str) -> bool:
     return text.startswith(THINK_OPEN) and text.endswith(CALL_CLOSE) and not between.strip()
 
 
-class ChatTokenizer(Protocol):
-    """The part of `tooln1.tokenizer` that measures a prompt."""
-
-    def render(self, messages: list[dict], *, add_generation_prompt: bool) -> str: ...
-    def encode(self, text: str) -> list[int]: ...
-
-
 def drop_long(
     examples: Sequence[Example],
-    tokenizer: ChatTokenizer,
+    tokenizer: Tokenizer,
     max_prompt_tokens: int,
     think: bool = True,
     where: str = "",

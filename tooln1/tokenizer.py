@@ -21,26 +21,18 @@ from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tooln1.io.errors import UserError
-from tooln1.io.hub import local_directory
+from tooln1.io.hub import CONFIG_FILES, local_directory
 from tooln1.io.jsonl import parse_json, read_text, shown
-
-TOKENIZER_FILES = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-]
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer of a Hugging Face directory, a tokenizer-only directory or a hub id such as org/name.
 
-    Needs tokenizer.json; the other TOKENIZER_FILES are read where they exist. A chat_template.jinja goes
+    Needs tokenizer.json; the other files of its kind are read where they exist. A chat_template.jinja goes
     before the template in tokenizer_config.json. Raises UserError, naming the file, where one is missing or
     malformed.
     """
-    directory = local_directory(os.fspath(path), TOKENIZER_FILES)
+    directory = local_directory(path, CONFIG_FILES)
     config = _read_json_object(directory / "tokenizer_config.json")
     special_tokens = _special_tokens(_read_json_object(directory / "special_tokens_map.json") | config)
     backend = _read_backend(directory / "tokenizer.json")

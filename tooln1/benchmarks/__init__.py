@@ -1,14 +1,19 @@
 """The interface of a benchmark, and the list of benchmarks.
 
-A benchmark is a module of this package with three functions (`Benchmark`):
+A benchmark is a module of this package with three functions:
 
-    load(path)                          its cases
-    score(case, completion, think)      whether one reply is right, and if not, its first fault
-    totals(by_category)                 the accuracies over all categories, the main one last
+    load(path) -> list[Case]
+        The cases in a file or directory, in a fixed order. Raises UserError for what it cannot read.
+    score(case, completion, think=True) -> Verdict
+        The verdict on a reply's text, special tokens included; never raises. think: reasoning was asked for.
+    totals(by_category: dict[str, Tally]) -> dict[str, Tally | float]
+        Name -> accuracy in the order of printing, the main one last: a share of cases as a Tally, a mean of means as a
+        number. What needs a category that `by_category` lacks is left out. Where verdicts have other rules,
+        `by_category` has their rows too (`row_by_rule`).
 
 and, where they apply, these names:
 
-    CATEGORIES                          all categories; one that the data do not have is reported
+    CATEGORIES                          all categories; one without cases in the data is reported
     NEVER_RIGHT, CHANGED_SINCE_PAPER    ids of cases whose rules accept no answer, and of those that changed
 
 To add one: write the module and put its name into NAMES; the paper's rows for it go into paper.py.
@@ -17,10 +22,10 @@ To add one: write the module and put its name into NAMES; the paper's rows for i
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any
 
 from tooln1.data import Example
 from tooln1.io.errors import UserError
@@ -44,9 +49,7 @@ class Verdict:
 
     ok: bool
     why: str  # a short, countable name of the first fault, such as "wrong_arguments"; "" when ok
-    also: Mapping[str, bool] = field(
-        default_factory=dict
-    )  # another rule -> right by that rule; each has its own rows in the table
+    also: Mapping[str, bool] = field(default_factory=dict)  # another rule -> right by it; has rows of its own
 
 
 def row_by_rule(category: str, rule: str) -> str:
@@ -67,28 +70,7 @@ class Tally:
         return self.right / self.count
 
 
-class Benchmark(Protocol):
-    """The functions of a benchmark module."""
-
-    def load(self, path: str | os.PathLike) -> list[Case]:
-        """The cases in a file or folder, in a fixed order. Raises UserError for what it cannot read."""
-
-    def score(self, case: Case, completion: str, think: bool = True) -> Verdict:
-        """The verdict on a reply's text, special tokens included; raises for no text.
-
-        think: reasoning was asked for; ignored by a benchmark whose rules do not check it.
-        """
-
-    def totals(self, by_category: dict[str, Tally]) -> dict[str, Tally | float]:
-        """Name -> accuracy, in the order of printing, the main one last.
-
-        A share of cases is a Tally, a mean of means a number. A category without cases is absent from
-        `by_category`, and what cannot be computed without it from the result. Where verdicts have other rules,
-        `by_category` has their rows too (`row_by_rule`).
-        """
-
-
-def benchmark(name: str) -> Benchmark:
+def benchmark(name: str) -> ModuleType:
     """The module of the benchmark `name`. Raises UserError for a name that is not in NAMES."""
     if name not in NAMES:
         known = ", ".join(NAMES)

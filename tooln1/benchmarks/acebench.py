@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from tooln1.benchmarks import Case, Tally, Verdict, row_by_rule
-from tooln1.benchmarks.acebench_checker import TYPES, Gold, base_name, calls_fault, described
+from tooln1.benchmarks.acebench_checker import Gold, calls_fault
 from tooln1.benchmarks.acebench_text import Call, UnreadableText, read_text, write_text
-from tooln1.benchmarks.rows import read_pairs, row_errors
-from tooln1.data import checked_example
-from tooln1.io.errors import UserError
+from tooln1.benchmarks.rows import cases_of, data_folder, read_pairs
+from tooln1.data import Example
 from tooln1.prompt import XLAM_SYSTEM, parse_reply
 
 ATOM = tuple(f"normal_atom_{kind}" for kind in ("bool", "enum", "number", "list", "object_short", "object_deep"))
@@ -112,37 +111,28 @@ def load(path: str | os.PathLike) -> list[AceCase]:
     others of the same names. Raises UserError for a missing file and, naming file and row, for questions without an
     answer, rows that are not of ACEBench's shape and ids given twice.
     """
-    first = f"data_{CATEGORIES[0]}.json"
-    folder = next((folder for name in FOLDERS if (folder := Path(path, name)) and (folder / first).exists()), None)
-    if folder is None:
-        raise UserError(
-            f"{path} holds no ACEBench data: expected {first} and seven more there, or under data_all/data_en, "
-            "as an ACEBench checkout has them"
-        )
-    seen: set[str] = set()
-    cases = []
-    for category in CATEGORIES:
-        name = f"data_{category}.json"
-        for where, row, gold in read_pairs(folder / name, folder / "possible_answer" / name, itemgetter("id")):
-            with row_errors(where):
-                cases.append(_case(category, where, row, gold, seen))
-    return cases
+    folder = data_folder(Path(path), FOLDERS, f"data_{CATEGORIES[0]}.json", "ACEBench")
+    return cases_of((row for category in CATEGORIES for row in _rows(category, folder)), _case)
 
 
-def _case(category: str, where: str, row: dict, gold: Any, seen: set[str]) -> AceCase:
-    """The case of one question; `seen` collects the ids of all."""
-    example = {
-        "id": row["id"],
-        "source": category,
-        "system": XLAM_SYSTEM,
-        "tools": [_tool(function) for function in row["function"]],
-        "messages": _messages(row["question"], row.get("time", "")),
-        "answer": [],
-    }
-    case = AceCase(row["id"], category, checked_example(example, where, seen), gold, row["function"])
-    for gold in case.golds:
-        _check_shape(gold, case.functions)
-    return case
+def _rows(category: str, folder: Path) -> list[tuple[str, str, dict, Any]]:
+    """[(where, category, question, gold)] of a category."""
+    name = f"data_{category}.json"
+    pairs = read_pairs(folder / name, folder / "possible_answer" / name, itemgetter("id"))
+    return [(where, category, row, gold) for where, row, gold in pairs]
+
+
+def _case(category: str, row: dict, gold: Any) -> AceCase:
+    """The case of one question."""
+    example = Example(
+        id=row["id"],
+        source=category,
+        system=XLAM_SYSTEM,
+        tools=[_tool(function) for function in row["function"]],
+        messages=_messages(row["question"], row.get("time", "")),
+        answer=[],
+    )
+    return AceCase(example.id, category, example, gold, row["function"])
 
 
 def _messages(question: str, time: str) -> list[dict]:
@@ -165,15 +155,3 @@ def _tool(function: dict) -> dict:
     """
     parameters = function["parameters"] if "parameters" in function else function["arguments"]
     return {"name": function["name"], "description": function["description"], "parameters": parameters}
-
-
-def _check_shape(gold: Gold, functions: list[dict]) -> None:
-    """Every gold call has arguments, and is to a function with parameters of known types. Raises LookupError."""
-    for key, arguments in gold.items():
-        arguments.keys()
-        function = described(key, functions)
-        if function is None:
-            raise LookupError(f"the answer calls {base_name(key)!r}, which the question does not offer")
-        for name, schema in function["parameters"]["properties"].items():
-            if not {schema["type"], (schema.get("items") or schema).get("type", "any")} <= TYPES.keys():
-                raise LookupError(f"parameter {name!r} of {function['name']!r} is of an unknown type")

@@ -25,45 +25,13 @@ from tooln1.benchmarks.bfcl_data import load as load
 from tooln1.io.files import atomic_write
 from tooln1.prompt import call_blocks, read_json
 
-# Entries that nobody wins by what the question asks for: no value of the declared type is accepted, or a parameter is
-# demanded that does not exist. (An oddity: simple_java_64 takes an empty map.)
-NEVER_RIGHT = (
-    "simple_java_36",
-    "simple_java_64",
-    "simple_java_65",
-    "live_simple_106-63-0",
-    "live_simple_112-68-0",
-    "live_multiple_862-181-3",
-    "live_multiple_964-207-0",
-)
-
-# Entries of bfcl-eval 2026.3.23 that are new or other than on 2025-04-13 (gorilla 9108a65), which the paper used,
-# and live_relevance_16-16-0, which was dropped.
-CHANGED_SINCE_PAPER = (
-    "simple_python_363",
-    "simple_javascript_41",
-    "parallel_84",
-    "parallel_155",
-    "parallel_158",
-    "parallel_170",
-    "parallel_multiple_141",
-    "live_simple_137-90-0",
-    "live_simple_138-91-0",
-    "live_simple_205-116-13",
-    "live_multiple_44-17-0",
-    "live_multiple_1052-279-0",
-    "live_parallel_9-5-0",
-    "irrelevance_7",
-    "irrelevance_232",
-    "live_irrelevance_882-882-0",
-    "live_irrelevance_883-883-0",
-    "live_relevance_3-3-0",
-    "live_relevance_13-13-0",
-    "live_relevance_14-14-0",
-    "live_relevance_15-15-0",
-    "live_relevance_16-16-0",
-)
-
+_ENTRIES = json.loads(Path(__file__).with_name("bfcl_entries.json").read_text(encoding="utf-8"))
+# No answer to these that fits the question is counted as right: no value of the declared type is accepted, or a
+# parameter is required that does not exist. (An exception: simple_java_64 accepts an empty map.)
+NEVER_RIGHT: tuple[str, ...] = tuple(_ENTRIES["never_right"])
+# Entries of bfcl-eval 2026.3.23 that are new or differ from those of 2025-04-13 (gorilla 9108a65), which the paper
+# used, and live_relevance_16-16-0, which was removed.
+CHANGED_SINCE_PAPER: tuple[str, ...] = tuple(_ENTRIES["changed_since_paper"])
 
 # ------------------------------------------------------------------------------------------------------ scoring
 

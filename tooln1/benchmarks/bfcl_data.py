@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tooln1.benchmarks import Case
-from tooln1.benchmarks.bfcl_checker import JAVA, JAVASCRIPT, PYTHON, Gold, Language
-from tooln1.benchmarks.rows import read_pairs, row_errors
-from tooln1.data import checked_example
-from tooln1.io.errors import UserError
+from tooln1.benchmarks.bfcl_checker import JAVA, JAVASCRIPT, PYTHON, Language
+from tooln1.benchmarks.rows import cases_of, data_folder, read_pairs
+from tooln1.data import Example
 from tooln1.io.jsonl import read_rows
 from tooln1.prompt import XLAM_SYSTEM
 
@@ -60,34 +59,22 @@ def load(path: str | os.PathLike) -> list[BfclCase]:
     Raises UserError for a folder without such files, and, naming file and row, for questions without an answer, rows
     that are not of BFCL's shape and ids given twice.
     """
+    folder = data_folder(Path(path), DATA_FOLDERS, "BFCL_v*.json", "BFCL")
     files = {}
-    for name in DATA_FOLDERS:
-        for file in sorted(Path(path, name).glob("BFCL_v*.json")):  # of two versions, the later one
-            category = re.sub(r"^BFCL_v\d+_", "", file.stem)
-            files[V3_CATEGORIES.get(category, category)] = file
-        if files:
-            break
-    else:
-        raise UserError(
-            f"{path} holds no BFCL data: expected BFCL_v4_<category>.json files there or under bfcl_eval/data, "
-            "as a bfcl-eval installation or a gorilla checkout has them"
-        )
-    seen: set[str] = set()
-    cases = []
-    for category in CATEGORIES:
-        if category not in files:
-            continue
-        for where, row, gold in _rows(category, files[category]):
-            with row_errors(where):
-                cases.append(_case(category, where, row, gold, seen))
-    return cases
+    for file in sorted(folder.glob("BFCL_v*.json")):  # of two versions, the later one
+        category = re.sub(r"^BFCL_v\d+_", "", file.stem)
+        files[V3_CATEGORIES.get(category, category)] = file
+    found = [category for category in CATEGORIES if category in files]
+    return cases_of((row for category in found for row in _rows(category, files[category])), _case)
 
 
-def _rows(category: str, file: Path) -> list[tuple[str, dict, Any]]:
-    """[(where, question, gold)] of a category."""
+def _rows(category: str, file: Path) -> list[tuple[str, str, dict, Any]]:
+    """[(where, category, question, gold)] of a category."""
     if category in AST:
-        return read_pairs(file, file.parent / "possible_answer" / file.name, _id)
-    return [(where, row, "any call" if category in RELEVANCE else []) for where, row in read_rows(file)]
+        rows = read_pairs(file, file.parent / "possible_answer" / file.name, _id)
+    else:
+        rows = [(where, row, "any call" if category in RELEVANCE else []) for where, row in read_rows(file)]
+    return [(where, category, row, gold) for where, row, gold in rows]
 
 
 def _id(row: dict) -> str:
@@ -96,38 +83,23 @@ def _id(row: dict) -> str:
     return V3_IDS.get(row["id"], f"{V3_CATEGORIES[prefix]}_{number}" if prefix in V3_CATEGORIES else row["id"])
 
 
-def _case(category: str, where: str, row: dict, gold: Any, seen: set[str]) -> BfclCase:
-    """The case of one question; `seen` collects the ids of all."""
+def _case(category: str, row: dict, gold: Any) -> BfclCase:
+    """The case of one question."""
     language = LANGUAGES.get(category, PYTHON)
-    if category in AST:
-        _check_shape(row["function"], gold, language)
     (turns,) = row["question"]
-    example = {
-        "id": _id(row),
-        "source": category,
-        "system": XLAM_SYSTEM,
+    example = Example(
+        id=_id(row),
+        source=category,
+        system=XLAM_SYSTEM,
         # A system message (50 AST entries have one) is left out: the released handler overwrites it.
-        "messages": [message for message in turns if message["role"] != "system"],
-        "tools": [_described(function, language) for function in row["function"]],
-        "answer": [],  # a reply may be right in many ways: `gold` has them
-    }
-    return BfclCase(example["id"], category, checked_example(example, where, seen), gold, row["function"])
+        messages=[message for message in turns if message["role"] != "system"],
+        tools=[_described(function, language) for function in row["function"]],
+        answer=[],  # a reply may be right in many ways: `gold` has them
+    )
+    return BfclCase(example.id, category, example, gold, row["function"])
 
 
 # --------------------------------------------------------------------------------------------------- functions
-
-
-def _check_shape(functions: list[dict], gold: list[Gold], language: Language) -> None:
-    """Every gold call is to one of the functions, and every parameter is of a known type. Raises LookupError."""
-    names = [function["name"] for function in functions]
-    for call in gold:
-        if len(call) != 1 or not call.keys() <= set(names):
-            raise LookupError(f"the answer calls {[*call]}, which must be one of {names}")
-    for function in functions:
-        for parameter, schema in function["parameters"]["properties"].items():
-            kinds = [schema["type"], *([schema["items"]["type"]] if schema["type"] in language.lists else [])]
-            if not set(kinds) <= language.types.keys():
-                raise LookupError(f"parameter {parameter!r} of {function['name']!r} has the unknown type {kinds}")
 
 
 def _described(function: dict, language: Language) -> dict:

@@ -12,25 +12,24 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
-from tooln1.benchmarks import Benchmark, Case, Tally, Verdict, examples, row_by_rule
+from tqdm import tqdm
+
+from tooln1.benchmarks import Case, Tally, Verdict, examples, row_by_rule
 from tooln1.benchmarks import benchmark as benchmark_module
 from tooln1.data import Example
 from tooln1.distributed import World
 from tooln1.io.errors import UserError
 from tooln1.io.jsonl import field as json_field
-from tooln1.io.progress import progress
 from tooln1.prompt import build_messages
 from tooln1.sampler.distributed import generate_distributed
 from tooln1.sampler.sampler import Sampler
 from tooln1.tokenizer import Tokenizer
 
-NO_PREDICTION, CONFLICTING, TOO_LONG = (
-    "no_prediction",
-    "conflicting_predictions",
-    "prompt_too_long",
-)  # `Prediction.fault`
+# `Prediction.fault`
+NO_PREDICTION, CONFLICTING, TOO_LONG = "no_prediction", "conflicting_predictions", "prompt_too_long"
 WORDINGS = {"train": "train", "released": "released_handler"}  # eval.py's --prompt -> `wording` of build_messages
 CHANGED = ("all", "leave-out", "only")  # which cases to choose of those that changed since the paper
 MAX_SAMPLES = 10_000  # of one case in a predictions file
@@ -43,7 +42,7 @@ class LoadedBenchmark:
 
     name: str
     path: str
-    module: Benchmark
+    module: ModuleType
     cases: list[Case]  # all of the data
     chosen: list[Case]  # those to evaluate
 
@@ -158,7 +157,8 @@ def generate_predictions(
     place = {case.id: number for number, case in enumerate(benchmark.cases)}  # the key of a case's random numbers
     chunk_cases = max(1, chunk_replies // generation.samples) if chunk_replies else max(1, len(cases))
     context = sampler.model.config.raw.get("max_position_embeddings") or math.inf
-    with progress(len(cases) * generation.samples, benchmark.name, "replies", world.is_main) as bar:
+    total, hidden = len(cases) * generation.samples, None if world.is_main else True  # None: not on a terminal
+    with tqdm(desc=benchmark.name, total=total, unit=" replies", leave=False, disable=hidden) as bar:
         for start in range(0, len(cases), chunk_cases):
             chunk = cases[start : start + chunk_cases]
             prompts = {case.id: tokenizer.prompt_ids(generation.messages(case)) for case in chunk}
@@ -191,9 +191,9 @@ def score_predictions(benchmark: LoadedBenchmark, found: Mapping[Key, Prediction
     scored = []
     for sample, case in itertools.product(range(samples), benchmark.chosen):
         prediction = found.get((benchmark.name, case.id, sample), Prediction(None, fault=NO_PREDICTION))
-        verdict = Verdict(False, prediction.fault)
-        if not prediction.fault:
-            verdict = benchmark.module.score(case, prediction.completion, think)
+        verdict = benchmark.module.score(case, prediction.completion or "", think)
+        if prediction.fault:
+            verdict = Verdict(False, prediction.fault, dict.fromkeys(verdict.also, False))
         scored.append(Scored(case, sample, prediction, verdict))
     return scored
 
@@ -205,12 +205,12 @@ def summarise(benchmark: LoadedBenchmark, scored: Sequence[Scored]) -> dict[str,
     them and "spread" their standard deviation (n - 1). Where verdicts have other rules (`Verdict.also`), each category
     has a row for each of them too.
     """
-    rules = benchmark.module.score(benchmark.chosen[0], "", True).also  # known even if no case has a prediction
     by_sample: dict[int, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for row in scored:
         by_sample[row.sample][row.case.category].append(row.verdict.ok)
-    for rule, row in itertools.product(rules, scored):
-        by_sample[row.sample][row_by_rule(row.case.category, rule)].append(row.verdict.also.get(rule, False))
+    for row in scored:  # a second loop, so that the rows of other rules come last
+        for rule, ok in row.verdict.also.items():
+            by_sample[row.sample][row_by_rule(row.case.category, rule)].append(ok)
     tallies = [{name: Tally(sum(oks), len(oks)) for name, oks in rows.items()} for rows in by_sample.values()]
     totals = [benchmark.module.totals(tally) for tally in tallies]
     faults = Counter(row.verdict.why for row in scored if not row.verdict.ok)

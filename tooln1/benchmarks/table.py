@@ -62,8 +62,8 @@ def comparison(name: str, results: Mapping[str, dict[str, Any]]) -> str:
     """
     rows = {label: _per_cent(result) for label, result in results.items()}
     if name in COMPARISONS:
-        groups = COMPARISONS[name].columns
-        rows |= {f"paper: {model}": row for model, row in COMPARISONS[name].rows.items()}
+        groups = COMPARISONS[name]["columns"]
+        rows |= {f"paper: {model}": row for model, row in COMPARISONS[name]["rows"].items()}
     else:
         groups = {"": {total: total for result in results.values() for total in result["totals"]}}
     if len(rows) == 1:

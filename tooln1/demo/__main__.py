@@ -18,7 +18,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, pre_tokenizers
 
-from tooln1.demo.requests import examples_of, reply_with, write_data
+from tooln1.demo.requests import ASSETS, examples_of, reply_with, write_data
 from tooln1.io.errors import UserError, exit_on_user_error
 from tooln1.io.files import atomic_write, check_writable
 from tooln1.io.model_config import parse_config
@@ -112,28 +112,10 @@ def write_tokenizer(folder: Path, seed: int = 0, vocab_size: int = 2048) -> None
 
 
 def write_model(folder: Path, tokenizer_folder: Path, seed: int = 0) -> None:
-    """A random Qwen2 of about a million parameters, with the tokenizer of `tokenizer_folder` copied beside it."""
-    vocab = -(-load_tokenizer(tokenizer_folder).vocab_size // 64) * 64
-    raw = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_act": "silu",
-        "vocab_size": vocab,
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.05,
-        "max_position_embeddings": 1024,
-        "use_sliding_window": False,
-        "attention_dropout": 0.0,
-        "torch_dtype": "float32",
-    }
-    model = random_model(parse_config(raw), seed)
+    """A random model of the committed demo's shape, with the tokenizer of `tokenizer_folder` copied beside it."""
+    vocab_size = -(-load_tokenizer(tokenizer_folder).vocab_size // 64) * 64
+    shape = json.loads((ASSETS / "model" / "config.json").read_text(encoding="utf-8")) | {"vocab_size": vocab_size}
+    model = random_model(parse_config(shape), seed)
     model.source = tokenizer_folder
     save_model(model, folder)
 
@@ -146,8 +128,6 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="init-model: the tokenizer's folder")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed must be at least 0 and below 2**63, not {args.seed}.")
     check_writable(args.out, "--out")
     if args.what == "data":
         write_data(args.out, args.seed)

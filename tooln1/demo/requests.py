@@ -23,8 +23,8 @@ from pathlib import Path
 from tooln1.data import Example, write_examples
 from tooln1.prompt import XLAM_SYSTEM, format_reply
 
-_TOOLS_FILE = Path(__file__).resolve().parents[2] / "assets" / "demo" / "tools.json"
-_RAW = json.loads(_TOOLS_FILE.read_text(encoding="utf-8"))
+ASSETS = Path(__file__).resolve().parents[2] / "assets" / "demo"
+_RAW = json.loads((ASSETS / "tools.json").read_text(encoding="utf-8"))
 VALUES: dict[str, list[str]] = _RAW["values"]
 FAMILIES: list[list[dict]] = _RAW["families"]  # a tool: {"name", "description", "parameters", "phrasings"}
 TOOLS = [tool for family in FAMILIES for tool in family]

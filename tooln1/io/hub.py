@@ -10,7 +10,11 @@ from tooln1.io.errors import UserError
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def local_directory(path: str | Path, patterns: list[str]) -> Path:
+CONFIG_FILES = ("*.json", "*.jinja", "*.txt")  # of model, tokenizer and generation
+WEIGHT_FILES = ("*.safetensors",)
+
+
+def local_directory(path: str | Path, patterns: tuple[str, ...] = CONFIG_FILES + WEIGHT_FILES) -> Path:
     """`path` itself when it is a directory; else, when it looks like `org/name`, its copy from the hub.
 
     Of the hub's files, those that match one of `patterns` (shell style) are fetched, into its own cache;

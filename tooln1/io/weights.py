@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,52 +21,34 @@ INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")  # integers, and floats of 8 bits, mean something only with scales
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a weight file, according to the file's header."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors calls it: "BF16"
-
-
-def stored_tensors(directory: Path, unneeded: tuple[str, ...] = ()) -> dict[str, Stored]:
-    """The tensors in the weight files of a model directory, by name, without those whose names end in `unneeded`.
-
-    Only their headers are read. Raises UserError for missing or broken files and a tensor that is in two of them.
-    """
-    found: dict[str, Stored] = {}
-    for file in weight_files(directory):
-        with _open(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118  it is no dict
-                if name.endswith(unneeded):
-                    continue
-                if name in found:
-                    raise UserError(f"{file}: {shown(name)} is in {found[name].file.name} too.")
-                part = tensors.get_slice(name)
-                found[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
-    return found
-
-
 def read_weights(
     directory: Path,
-    stored: dict[str, Stored],
     shapes: dict[str, tuple[int, ...]],
     dtype: torch.dtype,
     device: torch.device | str,
+    unneeded: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
-    """The `stored` tensors, which must be exactly those of `shapes` (name -> shape) and of a floating-point type.
+    """The tensors of a model directory, which must be exactly those of `shapes` (name -> shape), of a float type.
 
-    Each is cast to `dtype` on `device` as it is read, so the peak is the model plus one tensor. Raises UserError for
-    what cannot be read, and one that lists all missing, unexpected and mis-shaped tensors together.
+    Each is cast to `dtype` on `device` as it is read, so the peak is the model plus one tensor; names that end in
+    `unneeded` are ignored. Raises UserError for missing or broken files, a tensor that is in two files, and one error
+    that lists all missing, unexpected and mis-shaped tensors together, before any is read.
     """
+    stored: dict[str, tuple[Path, tuple[int, ...], str]] = {}  # name -> (file, shape, safetensors' name of the type)
+    for file in weight_files(directory):
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118  it is no dict
+                if name in stored:
+                    raise UserError(f"{file}: {shown(name)} is in {stored[name][0].name} too.")
+                part = tensors.get_slice(name)
+                stored[name] = file, tuple(part.get_shape()), part.get_dtype()
+    stored = {name: entry for name, entry in stored.items() if not name.endswith(unneeded)}
     _check_fit(directory, shapes, stored)
     state: dict[str, Tensor] = {}
-    for file in sorted({tensor.file for tensor in stored.values()}):
+    for file in sorted({file for file, _, _ in stored.values()}):
         with _open(file) as tensors:
-            for name, tensor in stored.items():
-                if tensor.file == file:
-                    state[name] = tensors.get_tensor(name).to(device=device, dtype=dtype)
+            for name in [name for name, entry in stored.items() if entry[0] == file]:
+                state[name] = tensors.get_tensor(name).to(device=device, dtype=dtype)
     return state
 
 
@@ -102,12 +83,12 @@ def _open(file: Path) -> Iterator[Any]:
         raise UserError(f"{file}: not a readable safetensors file ({error}); download it again.") from error
 
 
-def _check_fit(directory: Path, wanted: dict[str, tuple], stored: dict[str, Stored]) -> None:
+def _check_fit(directory: Path, wanted: dict[str, tuple], stored: dict[str, tuple]) -> None:
     missing = sorted(wanted.keys() - stored.keys())
     unexpected = sorted(stored.keys() - wanted.keys())
     both = sorted(wanted.keys() & stored.keys())
-    shapes = [f"{n} (file {stored[n].shape}, config {wanted[n]})" for n in both if stored[n].shape != wanted[n]]
-    types = [f"{n} ({stored[n].dtype})" for n in both if stored[n].dtype not in FLOATS]
+    shapes = [f"{n} (file {stored[n][1]}, config {wanted[n]})" for n in both if stored[n][1] != wanted[n]]
+    types = [f"{n} ({stored[n][2]})" for n in both if stored[n][2] not in FLOATS]
     faults = {"missing": missing, "unexpected": unexpected, "wrong shape": shapes, "no floating-point type": types}
     parts = [
         f"{fault}: {', '.join(names[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -2,8 +2,7 @@
 
     python -m tooln1.prepare --xlam xlam_function_calling_60k.json --toolace data.json --out DIR
 
-What differs from the released preprocessing (verl/examples/data_preprocess) is listed in DEVIATIONS and
-printed with every conversion.
+docs/data.md lists the differences from the released preprocessing (verl/examples/data_preprocess).
 """
 
 from __future__ import annotations
@@ -23,16 +22,6 @@ from tooln1.tokenizer import load_tokenizer
 TABLE_NOTE = (
     "Raw: rows; a ToolACE row is multi with more than one assistant turn.\n"
     "Processed: instances, one per call step; multi from the third turn on, as the released code has it."
-)
-
-DEVIATIONS = (
-    "The split is by source row and seeded, rows of equal tools and question on one side; the "
-    "released one is by instance (steps of one dialogue fall on both sides) and unseeded.",
-    "ToolACE call strings go through a parser that keeps ')' inside values, true/false/null, escaped quotes "
-    "and names with slashes or parentheses; the released one cuts or drops them (docs/toolace_parser.md).",
-    "Earlier calls stand in the history as JSON once; the released code encodes them twice.",
-    "The filters (calls outside the candidate list, or that do not parse) hold for xLAM rows too, and rows "
-    "with values that JSON or UTF-8 cannot hold are dropped; the released code filters ToolACE answers only.",
 )
 
 
@@ -70,7 +59,6 @@ def prepare(args: argparse.Namespace) -> dict:
         },
         "too_long": too_long,
         "options": {key: value for key, value in vars(args).items() if key != "out"},
-        "deviations": list(DEVIATIONS),
     }
     for name, side in zip(("train.jsonl", "heldout.jsonl"), sides, strict=True):
         write_examples(side, out / name)
@@ -80,7 +68,7 @@ def prepare(args: argparse.Namespace) -> dict:
 
 
 def format_report(report: dict) -> str:
-    """The table of the paper's Table 1, then what was dropped and why, then the deviations."""
+    """The counts of the paper's Table 1 as a table, then the dropped rows by reason."""
     lines = ["| | xLAM single | ToolACE single | ToolACE multi |", "|---|---|---|---|"]
     for key in ("raw", "processed"):
         lines.append(f"| {key} | " + " | ".join(f"{report[key][source]:,}" for source in SOURCES) + " |")
@@ -94,7 +82,6 @@ def format_report(report: dict) -> str:
     if report["irrelevance_copies"]:
         lines.append(f"irrelevance copies added after the split: {report['irrelevance_copies']:,}")
     lines.append(f"train {report['train']:,}, held out {report['heldout']:,} (seed {options['seed']})")
-    lines += ["", "Differs from the released preprocessing:", *(f"- {line}" for line in report["deviations"])]
     return "\n".join(lines)
 
 
