@@ -70,7 +70,8 @@ def evaluate(options: argparse.Namespace, world: World) -> int:
                 export_bfcl(benchmarks, found, options.export_bfcl)
     if world.is_main:
         print(table.report(results), f"written to {out}", sep="\n\n")
-    return int(any(not summary["valid"] for result in results.values() for summary in result["benchmarks"].values()))
+    summaries = [summary for result in results.values() for summary in result["benchmarks"].values()]
+    return world.broadcast(int(not all(summary["valid"] for summary in summaries)))
 
 
 def score(
@@ -177,6 +178,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", type=int, default=0, metavar="N", help="most replies at once per process (512 on CUDA, else 64)")
     parser.set_defaults(**defaults)
     options = parser.parse_args(argv)
+    if options.base_model and not options.model:
+        parser.error("--base-model needs --model: with --predictions no reply is generated")
     if not 0 <= options.temperature < float("inf"):
         parser.error(f"--temperature must be a number of at least 0, not {options.temperature}")
     if options.samples > 1 and options.temperature == 0:

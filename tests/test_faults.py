@@ -307,7 +307,7 @@ def test_steps_that_are_not_finite_are_skipped_kept_and_end_the_run(place, monke
     rows = measured(place / "nan")
     assert [row["skipped_steps"] for row in rows] == [2] and rows[0]["loss"] is None
     files = sorted(path.name for path in skipped.iterdir())
-    assert files == ["step-000001-1.rank0.jsonl", "step-000001-2.rank0.jsonl", "step-000002-3.rank0.jsonl"]
+    assert files == ["step-000001-1.rank0.jsonl", "step-000001-2.rank0.jsonl", "step-000002-1.rank0.jsonl"]
     replies = measured(skipped, files[-1])
     assert len(replies) == 6 and {row["advantage"] for row in replies} >= {None}
     for row in replies:

@@ -100,6 +100,8 @@ def load_benchmarks(arguments: Sequence[str], limit: int = 0, changed: str = "al
         changed_ids = getattr(module, "CHANGED_SINCE_PAPER", ())
         if changed_ids and changed != "all":
             chosen = [case for case in cases if (case.id in changed_ids) == (changed == "only")]
+        if not chosen:
+            raise UserError(f"{path}: none of its {len(cases)} cases is chosen; use another --bfcl-changed.")
         loaded[name] = LoadedBenchmark(name, path, module, cases, chosen[: limit or None])
     return list(loaded.values())
 
@@ -187,7 +189,7 @@ def generate_predictions(
 
 def score_predictions(benchmark: LoadedBenchmark, found: Mapping[Key, Prediction], think: bool) -> list[Scored]:
     """Score every sample of every chosen case, in order; a case without a prediction is wrong."""
-    samples = 1 + max((sample for _, _, sample in found), default=0)
+    samples = 1 + max((sample for name, _, sample in found if name == benchmark.name), default=0)
     scored = []
     for sample, case in itertools.product(range(samples), benchmark.chosen):
         prediction = found.get((benchmark.name, case.id, sample), Prediction(None, fault=NO_PREDICTION))

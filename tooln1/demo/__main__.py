@@ -2,7 +2,7 @@
 
     python -m tooln1.demo data --out DIR          pretrain.jsonl, warmstart.jsonl, train.jsonl, heldout.jsonl
     python -m tooln1.demo tokenizer --out DIR     tokenizer files, trained on that data
-    python -m tooln1.demo init-model --out DIR    a random model beside its tokenizer
+    python -m tooln1.demo init-model --tokenizer DIR --out DIR    a random model beside a copy of its tokenizer
 
 docs/demo.md has the whole recipe. A model learns the task from right replies (`pretrain`), then a second teacher's bad
 habits (`warmstart`: numbers written as strings, the second of two calls and what is optional forgotten); the reward

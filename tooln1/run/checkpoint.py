@@ -53,7 +53,7 @@ def save_checkpoint(
     final, partial = directory / f"step-{step:06d}", directory / f".step-{step:06d}.tmp"
     what = f"the checkpoint {final} could not be written"
 
-    def write() -> list[tuple[str, int]]:
+    def write() -> list[tuple[str, int]]:  # all ranks fail together: dcp gathers their errors
         tensors = _tensors(policy, optimizer.state)
         writer = dcp.HuggingFaceStorageWriter(str(partial), _file_numbers(tensors), save_distributed=True)
         with _as_user_error(what):
@@ -66,8 +66,7 @@ def save_checkpoint(
         with atomic_write(partial / INDEX) as file:
             json.dump(index | {"files": dict(files)}, file)
         put_in_place(partial, final)
-        with atomic_write(directory / LATEST) as file:
-            file.write(final.name + "\n")
+        _write_latest(final)
 
     try:
         files = world.gather(world.run_on_all_ranks(write, what))
@@ -104,9 +103,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         for name, size in index["files"].items():  # torch does not notice if one is missing
             if (found := (path / name).stat().st_size) != size:
                 raise ValueError(f"{name} has {found} bytes, not {size}")
-    except (OSError, ValueError) as error:
+        return Checkpoint(path, index["step"], index["adam_step"], index["ranks"], index["notes"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be resumed from: {error}. Name another, or start anew elsewhere.") from error
-    return Checkpoint(path, index["step"], index["adam_step"], index["ranks"], index["notes"])
 
 
 def _tensors(policy: Transformer, state: dict[Tensor, dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -136,6 +135,11 @@ def _as_user_error(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {getattr(cause, 'strerror', None) or repr(cause)}.") from error
 
 
+def _write_latest(checkpoint: Path) -> None:
+    with atomic_write(checkpoint.parent / LATEST) as file:
+        file.write(checkpoint.name + "\n")
+
+
 def complete_checkpoints(directory: Path) -> dict[int, Path]:
     """Step -> checkpoint, oldest first, going by the names in `directory`; `read_checkpoint` looks at the files."""
     steps = {path.name.removeprefix("step-"): path for path in directory.glob("step-*")}
@@ -154,7 +158,10 @@ def set_aside(directory: Path, after: int) -> list[str]:
     """Rename the checkpoints of later steps than `after`, which a run that resumes from there will write anew."""
     # The latest first: a kill in between leaves the old run with fewer checkpoints, never with a gap.
     later = [path for step, path in reversed(complete_checkpoints(directory).items()) if step > after]
-    return [path.rename(f"{path}.set-aside-{time.strftime('%Y%m%d-%H%M%S')}").name for path in later]
+    renamed = [path.rename(f"{path}.set-aside-{time.strftime('%Y%m%d-%H%M%S')}").name for path in later]
+    if renamed and (left := complete_checkpoints(directory)):
+        _write_latest(left[max(left)])
+    return renamed
 
 
 def find_checkpoint(run_dir: Path, resume: str, world: World) -> Checkpoint | None:

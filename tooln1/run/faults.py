@@ -24,7 +24,8 @@ def save_skipped_batch(run: Run, step: int, batches: Sequence[PackedBatch], roll
     Raises UserError when max_bad_steps optimizer steps in a row have been skipped.
     """
     folder = Path(run.config.run_dir) / "skipped"
-    with atomic_write(folder / f"step-{step + 1:06d}-{run.bad_steps}.rank{run.world.rank}.jsonl") as file:
+    number = 1 + len(list(folder.glob(f"step-{step + 1:06d}-*.rank{run.world.rank}.jsonl")))
+    with atomic_write(folder / f"step-{step + 1:06d}-{number}.rank{run.world.rank}.jsonl") as file:
         for batch in batches:
             nothing = [None] * len(batch.rows)  # supervised training has no old log-probs
             old = nothing if batch.old_logprobs is None else batch.old_logprobs.split(list(batch.lengths))

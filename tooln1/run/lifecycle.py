@@ -83,9 +83,13 @@ def finish_step(run: Run, metrics: Metrics, replies: list[dict]) -> None:
     """Log a completed step; save and evaluate if that is due."""
     config, values = run.config, metrics.reduced(run.world.gather)
     run.completed_steps, run.can_abandon_step = run.completed_steps + 1, True
-    if run.log:
-        run.log.step(run.completed_steps, values)
-        run.log.rollouts(run.completed_steps, replies, config.log_rollouts)
+
+    def log() -> None:
+        if run.log:
+            run.log.step(run.completed_steps, values)
+            run.log.rollouts(run.completed_steps, replies, config.log_rollouts)
+
+    run.world.run_on_all_ranks(log, "the logs could not be written")
     last = run.completed_steps == run.steps
     if last or run.failed_saves or (config.save_every and run.completed_steps % config.save_every == 0):
         save(run, may_fail=not last)

@@ -66,11 +66,13 @@ def prepare(
     tokenizer = load_tokenizer(config.model)
     examples, benchmarks = load_data(config, world, tokenizer)
     frozen = reference_of(config)
-    files = [model_files(path) for path in (config.model, frozen) if path]
-    notes = {"config": asdict(config), "train_data": fingerprint(examples), "model": [*map(weights.fingerprint, files)]}
+    notes = {"config": asdict(config), "train_data": fingerprint(examples)}
+    for name, path in (("model", config.model), ("reference_model", frozen)):
+        notes[name] = weights.fingerprint(model_files(path)) if path else ""
     if checkpoint:
-        for name, place in (("train_data", config.train_data), ("model", config.model)):
-            if checkpoint.notes.get(name) != notes[name] and name not in allowed_changes(config):
+        for name, place in (("train_data", config.train_data), ("model", config.model), ("reference_model", frozen)):
+            before, now = checkpoint.notes[name], notes[name]  # "" without a reference model
+            if before and now and before != now and name not in allowed_changes(config):
                 raise UserError(
                     f"{place} does not hold what {checkpoint.path} was made with: other examples (or others are too "
                     f"long), other weights or another tokenizer; give those, or allow it with --allow-changes {name}."
