@@ -98,6 +98,7 @@ TABLE = [
     ("eval", "--model model --out data.jsonl", "--out data.jsonl"),
     ("eval", "--model nowhere/at/all", "nowhere/at/all"),
     ("eval", "--predictions gone.jsonl", "gone.jsonl"),
+    ("eval", "--predictions p.jsonl --base-model model", "--base-model", {"p.jsonl": "{}"}),
     ("eval", "--predictions p.jsonl", 'p.jsonl, line 1 "completion"', {"p.jsonl": '{"id": "a"}'}),
     ("eval", "--model model --out evaluated --max-reply-tokens 3", "evaluated max_reply_tokens"),
     ("prepare", "", "--xlam"),
