@@ -63,6 +63,8 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
                 print(f"stopped after step {run.completed_steps} of {run.steps}; continue with --resume auto")
             raise
         export(run)
+        if run.log:
+            run.log.close()
 
 
 def open_log(run: Run) -> RunLog:
