@@ -168,7 +168,8 @@ def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantage
     shares = plan_microbatches(
         rollouts, rows, config.tokens_per_microbatch, run.world.size, pair_cost(run.policy.config)
     )
-    return [pack(rollouts, share, advantages, run.world.device) for share in shares[run.world.rank]]
+    mine = shares[run.world.rank]
+    return [pack(rollouts, share, advantages, run.world.device, run.update_attention) for share in mine]
 
 
 # ------------------------------------------------------------------------------------------------ the run
