@@ -47,7 +47,7 @@ def count_bytes(tensors):
     return sum(tensor.nbytes for tensor in tensors)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False, "model_type": "llama"}])
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False, "model_type": "llama"}, tiny.QWEN3])
 def test_certain_parts_are_the_bytes_of_real_tensors(changes):
     model, reference = (random_model(config(**changes), seed) for seed in (0, 1))
     reference.requires_grad_(False)
@@ -130,9 +130,10 @@ def test_presets_fit_and_leave_a_cache_of_use(preset, gpus, gigabytes):
     assert sizes(needed)["KV cache"] >= 24576 * kv_bytes_per_token(model, 2), "fewer than two of the longest replies"
 
 
+@pytest.mark.parametrize("changes", [{"head_dim": 64}, {"head_dim": 96, "model_type": "qwen3"}], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_about_what_autograd_stores(checkpointing):
-    shape = config(hidden_size=256, intermediate_size=704, num_hidden_layers=4)
+def test_activations_are_about_what_autograd_stores(checkpointing, changes):
+    shape = config(hidden_size=256, intermediate_size=704, num_hidden_layers=4, **changes)
     model, stored = random_model(shape, 0), {}
     for block in model.model.layers:
         block.recompute = checkpointing

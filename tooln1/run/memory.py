@@ -4,7 +4,8 @@ Certain are the parts that follow from a number of bytes per parameter: weights,
 The others are estimated for a pass over T tokens; C, Q, K, I are the widths of the residual stream, all query heads,
 all key heads and the MLP, and b the bytes of a number in a pass (2 on CUDA, 4 on the CPU):
 
-    activations     stored for the backward pass: T (6C + 2Q + 4K + 4I) b per layer, T C b with activation checkpointing
+    activations     stored for the backward pass: T (6C + 2Q + 4K + 4I) b per layer, 2 T (Q + K) b more where q and k
+                    have norms (Qwen3); T C b with activation checkpointing
     working memory  the largest of: four fp32 copies of [logprob_chunk_tokens, V] and the gradient of the head; the
                     activations of one layer once more (twice with checkpointing) and two gathered layers with their
                     gradients; after the activations are freed, the gradients of embedding and head while they are
@@ -143,8 +144,9 @@ def pass_bytes(config: ModelConfig, settings: Mapping[str, Any], number: int, sh
     """
     tokens, checkpointing = settings["tokens_per_microbatch"], settings["activation_checkpointing"]
     queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    # both norms' and the projections' inputs, q, k and v (twice), the MLP's
-    layer = tokens * number * (6 * config.hidden_size + 2 * queries + 4 * keys + 4 * config.intermediate_size)
+    # both norms' and the projections' inputs, q, k and v (twice), the MLP's; the norms' of q and k
+    width = 6 * config.hidden_size + 2 * queries + 4 * keys + 4 * config.intermediate_size
+    layer = tokens * number * (width + 2 * (queries + keys) * config.qk_norm)
     stored = config.num_hidden_layers * (tokens * number * config.hidden_size if checkpointing else layer)
     table = config.vocab_size * config.hidden_size
     tables = table if config.tie_word_embeddings else 2 * table
