@@ -36,7 +36,6 @@ from tooln1.model import load_model, model_files, read_config
 from tooln1.run.kernels import choose_decode
 from tooln1.run.metrics import to_json
 from tooln1.sampler.sampler import Sampler
-from tooln1.sampler.sampling import SamplingParams
 from tooln1.tokenizer import load_tokenizer
 
 PATHS = ("model", "data")  # settings that may change between two runs with one --out: their contents are compared
@@ -112,7 +111,7 @@ def generate(
     tokenizer = load_tokenizer(source)
     model = load_model(source, dtype, world.device, tokenizer.vocab_size)
     sampler = Sampler(model, tokenizer.stop_ids, options.rows or (512 if cuda else 64))
-    choose_decode(sampler, "auto", SamplingParams(generation.temperature, 0, 1.0), world)
+    choose_decode(sampler, "auto", world)
     prompts = [[(case.id, generation.messages(case)) for case in benchmark.cases] for benchmark in benchmarks]
     settings = {
         "model": source,

@@ -79,7 +79,7 @@ def sft_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
     config = run.config
     examples = [run.examples[i] for i in run.order.take(step, config.prompts_per_step)]
     with metrics.timer("update"):
-        rollouts = demonstrations(examples, run.tokenizer, config.think, config.sft_on_prompt)
+        rollouts = demonstrations(examples, run.tokenizer, config.think)
         for rows in split_into_minibatches(rollouts, config.prompts_per_minibatch):
             total = sum(len(rollouts[row].reply) for row in rows)
             update(run, my_batches(run, rollouts, rows, torch.zeros(len(rollouts))), rollouts, total, step, metrics)

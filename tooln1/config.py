@@ -57,7 +57,6 @@ class Config:
     think: bool = setting(True, "prompt for <think> ... </think> before the calls", paper=True)
     reward: str = setting("binary", "rule that scores a reply", paper="binary", choices=tuple(REWARDS))
     shuffle_rewards: bool = setting(False, "permute the rewards within the batch: the control experiment")
-    sft_on_prompt: bool = setting(False, "sft: learn the prompt's tokens too, not only the reply's")
     max_prompt_tokens: int = setting(4096, "longer prompts are left out", "tokens", "[1, inf)", paper=4096)
 
     epochs: int = setting(7, "passes over train_data; not used if steps is set", "epochs", paper=7, section="schedule")

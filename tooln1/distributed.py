@@ -177,10 +177,8 @@ def _device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not available and not os.path.exists("/dev/nvidia0")):
         return torch.device("cpu")
     if not available:
-        raise UserError(
-            f"device = {name!r}, but torch finds no GPU; use --device cpu, install a CUDA build of torch, or a driver "
-            f"for its CUDA version ({torch.version.cuda or 'this one is a CPU build'})."
-        )
+        why = f"no driver for CUDA {torch.version.cuda}" if torch.version.cuda else "this is a CPU build of torch"
+        raise UserError(f"device = {name!r}, but torch finds no GPU: {why}; install one, or use --device cpu.")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device

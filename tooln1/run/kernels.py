@@ -57,8 +57,8 @@ def choose(setting: str, chosen: str, levels: tuple[str, ...], attempt: Callable
     return level
 
 
-def choose_decode(sampler: Sampler, chosen: str, params: SamplingParams, world: World) -> None:
-    """Set the sampler's `decode`; an attempt makes its cache. params: those of the rollouts."""
+def choose_decode(sampler: Sampler, chosen: str, world: World) -> None:
+    """Set the sampler's `decode`; an attempt makes its cache."""
     rows, config = 8, sampler.model.config
 
     @torch.inference_mode()
@@ -78,11 +78,10 @@ def choose_decode(sampler: Sampler, chosen: str, params: SamplingParams, world: 
         cache.data.zero_()
         compare(*results)
         if level == "graph":
-            sampler.decode_graph(rows, params)
+            sampler.decode_graph(rows, SamplingParams(1.0, 0, 1.0))
 
     sampler.decode = choose("rollout_decode", chosen, ("graph", "eager", "gathered"), attempt, world)
-    if sampler.decode != "graph":
-        sampler.graphs.clear()  # of this rank, where another one failed
+    sampler.graphs.clear()
 
 
 def choose_update_attention(config: ModelConfig, chosen: str, tokens: int, world: World) -> str:

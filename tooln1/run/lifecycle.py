@@ -33,7 +33,6 @@ from tooln1.run.faults import explain_oom
 from tooln1.run.kernels import choose_decode, choose_update_attention
 from tooln1.run.metrics import Metrics, RunLog
 from tooln1.run.setup import Run, build, prepare
-from tooln1.sampler.sampling import SamplingParams
 
 
 @contextmanager
@@ -53,8 +52,7 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
         run = build(config, world, *prepare(config, world, checkpoint), set_phase)
         if checkpoint:
             resume(run, checkpoint)
-        params = SamplingParams(config.temperature, config.top_k, config.top_p)
-        choose_decode(run.sampler, config.rollout_decode, params, world)
+        choose_decode(run.sampler, config.rollout_decode, world)
         how = (config.update_attention, config.tokens_per_microbatch)
         run.update_attention = choose_update_attention(run.policy.config, *how, world)
         open_logs = partial(open_log, run) if world.is_main else lambda: None

@@ -6,10 +6,9 @@ all key heads and the MLP, and b the bytes of a number in a pass (2 on CUDA, 4 o
 
     activations     stored for the backward pass: T (6C + 2Q + 4K + 4I) b per layer, 2 T (Q + K) b more where q and k
                     have norms (Qwen3); T C b with activation checkpointing
-    working memory  the largest of: four fp32 copies of [logprob_chunk_tokens, V] and the gradient of the head; the
-                    activations of one layer once more (twice with checkpointing) and two gathered layers with their
-                    gradients; after the activations are freed, the gradients of embedding and head while they are
-                    reduced. Beside them the gathered embedding and head
+    working memory  the largest of: four fp32 copies of [logprob_chunk_tokens, V] and the gradient of the head; one
+                    layer's activations once more (twice with checkpointing), and two gathered layers and gradients;
+                    at the end the gradients of embedding and head. Beside them the gathered embedding and head
     KV cache        half of what all other parts leave, or less if the sampler cannot use it (sampler/kv_cache.py)
 
 The sampler is given what this estimate leaves, so that both plan the same cache. Not included: fragmentation.
@@ -27,14 +26,7 @@ import torch
 
 from tooln1.io.model_config import ModelConfig
 from tooln1.model import Transformer
-from tooln1.sampler.kv_cache import (
-    CPU_BLOCK_SIZE,
-    CUDA_BLOCK_SIZE,
-    CUDA_MAX_NUM_SEQS,
-    CUDA_RESERVE,
-    kv_bytes_per_token,
-    plan_cache,
-)
+from tooln1.sampler import kv_cache
 
 FP32 = 4
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -109,7 +101,7 @@ def estimate(
         Part("unsharded weights and gradients", unsharded, device),
         Part("activations", activations, device, certain=False),
         Part("working memory", working, device, certain=False),
-        Part("CUDA context, graphs, sampling", CUDA_RESERVE * cuda, device, certain=False),
+        Part("CUDA context, graphs, sampling", kv_cache.CUDA_RESERVE * cuda, device, certain=False),
     ]
     free = max(0, available[device] - sum(part.bytes for part in parts if part.place == device))
     cache = cache_bytes(config, settings, cuda, processes, (prompt, reply), free)
@@ -130,11 +122,13 @@ def cache_bytes(
 ) -> int:
     """Bytes of the sampler's KV cache, as it plans it. longest: tokens of a prompt and of a reply; free: bytes."""
     replies = -(-settings["prompts_per_step"] // processes) * settings["group_size"]
-    block_size = CUDA_BLOCK_SIZE if cuda else CPU_BLOCK_SIZE
-    rows, lengths = (CUDA_MAX_NUM_SEQS, None) if cuda else (replies, [longest] * replies)
+    block_size = kv_cache.CUDA_BLOCK_SIZE if cuda else kv_cache.CPU_BLOCK_SIZE
+    rows, lengths = (kv_cache.CUDA_MAX_NUM_SEQS, None) if cuda else (replies, [longest] * replies)
     rows, element_size = settings["max_num_seqs"] or rows, 2 if cuda else FP32
-    blocks = plan_cache(config, element_size, free, block_size, rows, settings["rollout_cache_tokens"], lengths)
-    return kv_bytes_per_token(config, element_size) * blocks * block_size
+    blocks = kv_cache.plan_cache(
+        config, element_size, free, block_size, rows, settings["rollout_cache_tokens"], lengths
+    )
+    return kv_cache.kv_bytes_per_token(config, element_size) * blocks * block_size
 
 
 def pass_bytes(config: ModelConfig, settings: Mapping[str, Any], number: int, shards: int) -> tuple[int, int]:

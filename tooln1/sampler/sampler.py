@@ -24,15 +24,8 @@ from torch import Tensor
 from tooln1.data import Rollout
 from tooln1.grpo import mask_padded_vocab
 from tooln1.model import Attend, Transformer
-from tooln1.sampler.kv_cache import (
-    CPU_BLOCK_SIZE,
-    CUDA_BLOCK_SIZE,
-    CUDA_MAX_NUM_SEQS,
-    CUDA_RESERVE,
-    KVCache,
-    plan_cache,
-    to_device,
-)
+from tooln1.sampler import kv_cache
+from tooln1.sampler.kv_cache import KVCache, to_device
 from tooln1.sampler.paged_attention import FlexDecode, GatheredDecode, PrefillAttention
 from tooln1.sampler.sampling import SamplingParams, reply_streams, sample_tokens, uniforms
 from tooln1.sampler.scheduler import BlockManager, Scheduler, Sequence, SequenceGroup, Stats, Step
@@ -46,7 +39,7 @@ class Sampler:
     stop_ids: token ids that end a reply and belong to it. max_num_seqs: replies sampled at once (0: all, on CUDA 512).
     cache_tokens, block_size: size of the key/value cache (0: see `plan_cache`) and of its blocks (0: 128 on CUDA, else
     32), in tokens. max_prefill_tokens: computed in one prefill step (0: 16384 on CUDA, else 2048). free_bytes: memory
-    that weights, training and CUDA leave, of which the cache may take half (None: what is free at the first call).
+    that weights, training and CUDA leave, of which the cache may take half (None: all that is there at the first call).
     """
 
     def __init__(
@@ -61,8 +54,8 @@ class Sampler:
     ):
         self.model, self.stop_ids, self.device = model, frozenset(stop_ids), model.head.device
         self.cuda = self.device.type == "cuda"
-        self.max_num_seqs = max_num_seqs or (CUDA_MAX_NUM_SEQS if self.cuda else 0)
-        self.block_size = block_size or (CUDA_BLOCK_SIZE if self.cuda else CPU_BLOCK_SIZE)
+        self.max_num_seqs = max_num_seqs or (kv_cache.CUDA_MAX_NUM_SEQS if self.cuda else 0)
+        self.block_size = block_size or (kv_cache.CUDA_BLOCK_SIZE if self.cuda else kv_cache.CPU_BLOCK_SIZE)
         self.max_prefill_tokens = max_prefill_tokens or (16384 if self.cuda else 2048)
         self.cache_tokens, self.free_bytes = cache_tokens, free_bytes
         self.decode = "graph" if self.cuda else "gathered"  # or "eager": what the graph runs, without a graph
@@ -206,7 +199,7 @@ class Sampler:
             if self.free_bytes is None:
                 self.free_bytes = _free_bytes(self.device)
             need = (self.max_num_seqs, self.cache_tokens) if self.cuda else (num_seqs, self.cache_tokens, lengths)
-            num_blocks = plan_cache(config, like.element_size(), self.free_bytes, self.block_size, *need)
+            num_blocks = kv_cache.plan_cache(config, like.element_size(), self.free_bytes, self.block_size, *need)
             if self.cache is None or num_blocks > self.cache.num_blocks:
                 self.graphs.clear()
                 self.cache = None  # free the old one first
@@ -280,11 +273,8 @@ def _rollout(seq: Sequence) -> Rollout:
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return max(0, torch.cuda.mem_get_info(device)[0] - CUDA_RESERVE)
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except ValueError:  # macOS does not tell
-        return 4 << 30
+        return max(0, torch.cuda.mem_get_info(device)[0] - kv_cache.CUDA_RESERVE)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _reply_limits(max_new_tokens: int | list[int], num_prompts: int, group_size: int) -> list[int]:
