@@ -24,14 +24,14 @@ from rollout import Peer, transformers
 from shapes import lognormal_lengths, median_seconds, qwen2, qwen2p5, random_prompts, seconds_of, synchronize
 from torch.autograd import DeviceType
 from torch.profiler import profile
-from update import GROUP, LOSS, packed, random_rollouts
+from update import GROUP, packed, random_rollouts
 
 from tooln1.distributed import launch, shard
 from tooln1.io.model_config import ModelConfig
 from tooln1.model import Transformer, random_model
 from tooln1.sampler.kv_cache import kv_bytes_per_token
 from tooln1.sampler.sampler import Sampler
-from tooln1.update import add_logprobs, optimizer_step
+from tooln1.update import PolicyLoss, add_logprobs, optimizer_step
 
 Row = dict[str, object]
 Tables = Iterator[tuple[str, list[Row]]]
@@ -249,9 +249,10 @@ def update(scale: Scale, size: str) -> Tables:
         pairs = sum(s.prompt**2 / 2 + sum(s.prompt * reply + reply**2 / 2 for reply in s.replies) for s in segments)
         matmul, attention = forward_flops(config, tokens, replies, pairs)
 
-        logprobs = partial(add_logprobs, batches, policy, None, LOSS.temperature, LOSS.chunk)
+        loss = PolicyLoss()
+        logprobs = partial(add_logprobs, batches, policy, None, loss.temperature, loss.chunk)
         filled = [replace(b, ref_logprobs=b.old_logprobs) for b in logprobs()[0]]
-        step = partial(optimizer_step, policy, optimizer, filled, LOSS, replies, 1.0, 0.0)
+        step = partial(optimizer_step, policy, optimizer, filled, loss, replies, 1.0, 0.0)
 
         def row(phase: str, seconds: float, needed: int, executed: int) -> Row:
             """needed, executed: forward passes; a backward pass counts as two, and repeats one."""
