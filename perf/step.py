@@ -26,7 +26,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from shapes import DEMO, lognormal_lengths, machine, print_table, random_prompts, timed
+from shapes import DEMO, lognormal_lengths, machine, print_table, quiet_turns, random_prompts, timed
 from torch import Tensor
 
 from tooln1.batch import PackedBatch, pack, pad_to_rows, plan_microbatches, split_into_minibatches
@@ -268,7 +268,7 @@ def check(ours: Ours, peer: Peer) -> list[dict]:
 
 
 def race(work: Workload, ours: Ours, folder: str, sizes: list[int], repeats: int) -> dict:
-    """Seconds of a step by phase, medians, in turns with the peer; `sizes` are the micro-batches that it may use."""
+    """Seconds of a step by phase, medians of undisturbed turns; `sizes`: micro-batches that the peer may use."""
     ours.step(0)
     peers = {size: Peer(work, folder, size) for size in sizes if trl}
     tried, replies = {}, None  # the micro-batch does not touch the sampling, so they are tried on the same replies
@@ -276,10 +276,14 @@ def race(work: Workload, ours: Ours, folder: str, sizes: list[int], repeats: int
         seconds = peer.step(replies)
         tried[size], replies = seconds["step"] - seconds["rollout"], peer.replies
     best = min(tried, key=tried.get, default=None)
-    turns = [(ours.step(1 + turn), peers[best].step() if trl else {}) for turn in range(repeats)]
+
+    def both(turn: int) -> tuple[dict[str, float], dict[str, float]]:
+        return ours.step(1 + turn), peers[best].step() if trl else {}
+
+    turns, waited = quiet_turns(both, repeats)
     sides = zip(*turns, strict=True)
     own, other = ({phase: statistics.median(run[phase] for run in side) for phase in side[0]} for side in sides)
-    result, rows = {"seconds": own}, [("seconds", *own), ("ours", *own.values())]
+    result, rows = {"seconds": own, "waited": waited}, [("seconds", *own), ("ours", *own.values())]
     if trl:
         ratios = [theirs["step"] / mine["step"] for mine, theirs in turns]
         result |= {"trl_seconds": other, "ratio": statistics.median(ratios), "ratios": ratios}
