@@ -222,4 +222,4 @@ def claimed(run_dir: Path, world: World) -> Iterator[None]:
         if world.is_main:
             os.close(lock)
             with suppress(OSError):  # it is not empty: the run has begun
-                run_dir.rmdir()
+                os.removedirs(run_dir)

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+import tooln1.sampler.kv_cache as kv_cache
 from tooln1.io.model_config import ModelConfig
 from tooln1.model import Transformer
-from tooln1.sampler import kv_cache
 
 FP32 = 4
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import tooln1.sampler.kv_cache as kv_cache
 from tooln1.data import Rollout
 from tooln1.grpo import mask_padded_vocab
 from tooln1.model import Attend, Transformer
-from tooln1.sampler import kv_cache
 from tooln1.sampler.kv_cache import KVCache, to_device
 from tooln1.sampler.paged_attention import FlexDecode, GatheredDecode, PrefillAttention
 from tooln1.sampler.sampling import SamplingParams, reply_streams, sample_tokens, uniforms
