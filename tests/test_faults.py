@@ -282,7 +282,7 @@ def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(place, monk
 @pytest.mark.parametrize(
     "function,words",
     [
-        ("optimizer_step", r"\(step 1, update\): CUDA .*tokens_per_microbatch \(5000\).*kl_coef \(0.001\)"),
+        ("optimizer_step", r"\(step 1, update\): CUDA .*tokens_per_microbatch \(5000\).*kl \(k3\)"),
         ("generate_distributed", r"\(step 1, rollout\).*max_num_seqs \(0\).*max_reply_tokens \(12\)"),
     ],
 )
@@ -311,7 +311,8 @@ def test_steps_that_are_not_finite_are_skipped_kept_and_end_the_run(place, monke
     replies = measured(skipped, files[-1])
     assert len(replies) == 6 and {row["advantage"] for row in replies} >= {None}
     for row in replies:
-        assert len(row["sampler_logprobs"]) == len(row["old_logprobs"]) > 0
+        assert len(row["sampler_logprobs"]) > 0 and row["old_logprobs"] is None  # the step's first mini-batch
+    assert all(len(row["old_logprobs"]) == len(row["sampler_logprobs"]) for row in measured(skipped, files[1]))
     monkeypatch.undo()
     run(place, "nan", resume="auto", max_bad_steps=3, **(settings | dict(steps=1)))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(place / "nan"), start, strict=True))
