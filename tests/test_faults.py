@@ -199,12 +199,13 @@ def test_a_run_stopped_anywhere_ends_as_an_undisturbed_one(place, undisturbed, m
 def test_ranks_stopped_between_micro_batches_save_the_step_before(start, place):
     """The unsharded weights and gradients that FSDP holds at that moment do not get into the checkpoint.
 
-    A step has two micro-batches a rank, and so six forward passes: policy, reference, update.
+    A step has two mini-batches of four micro-batches a rank, and so 20 forward passes: the reference; the policy, from
+    the second mini-batch on, and the reference; two updates.
     """
-    settings = dict(prompts_per_minibatch=4, tokens_per_microbatch=1500, accumulate_unsharded="on", keep_checkpoints=3)
+    settings = dict(prompts_per_minibatch=2, tokens_per_microbatch=1000, accumulate_unsharded="on", keep_checkpoints=3)
     announcing = partial(start, script="tests/announcing_train.py", steps=3, eval_every=0, **settings)
     assert announcing("not-stopped-2", save_every=1).end()[0] == 0
-    for phase, number in (("logprobs", 7), ("reference", 9), ("update", 11)):
+    for phase, number in (("reference", 22), ("logprobs", 26), ("update", 34)):
         code, text = announcing(f"stopped-in-{phase}", save_every=0, stop_in=f"forward:{number}").end()
         assert code == 1 and "stopped after step 1 of 3" in text, text
         assert text.count("[forward]") == number

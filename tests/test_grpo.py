@@ -281,12 +281,12 @@ def test_options_by_hand():
     torch.testing.assert_close(gspo, torch.full((1, 3), -2.0 * torch.e**0.25))  # mean of 1 and -0.5; below 1.3
     (grad,) = torch.autograd.grad(gspo[mask].mean(), new)
     torch.testing.assert_close(grad, torch.tensor([[-(torch.e**0.25), -(torch.e**0.25), 0.0]]))
-    cispo = cispo_policy_loss(new, old, advantage, 0.2, 0.3)[mask]
-    torch.testing.assert_close(cispo, torch.tensor([-1.3 * 2 * -1.0, -0.8 * 2 * -2.5]))
+    cispo, low = cispo_policy_loss(new, old, advantage, 0.5, 0.3)[mask], torch.e**-0.5
+    torch.testing.assert_close(cispo, torch.tensor([-1.3 * 2 * -1.0, -low * 2 * -2.5]))
     (grad,) = torch.autograd.grad(cispo.sum(), new)
-    torch.testing.assert_close(
-        grad, torch.tensor([[-2.6, -1.6, 0.0]])
-    )  # where the clip would have left only -1.6 e⁻⁰·⁵
+    torch.testing.assert_close(grad, torch.tensor([[-2.6, -2 * low, 0.0]]))  # the clip would leave the second only
+    bounded = cispo_policy_loss(new, old, advantage, 0.2, 0.3)[mask]
+    torch.testing.assert_close(bounded, torch.tensor([-1.3 * 2 * -1.0, -0.8 * 2 * -2.5]))
     log_ratio = torch.tensor([[1.0, -0.5, 0.0], [0.2, 0.1, 0.0]])
     truncated = torch.tensor([[2.0, torch.e**-0.5, 1.0], [torch.e**0.2, torch.e**0.1, 1.0]])
     torch.testing.assert_close(SAMPLER_CORRECTIONS["truncated"](log_ratio, 2.0), truncated)
