@@ -47,11 +47,11 @@ DEFAULT = Path(__file__).parent / "configs" / "demo.toml"
 def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
     """One GRPO step: sample groups, score them, compare within each group, update the policy. Returns the replies."""
     config = run.config
-    examples, rollouts, replies, rewards, position = sample_groups(run, step, metrics)
+    examples, rollouts, replies, rewards = sample_groups(run, step, metrics)
     groups = torch.tensor([rollout.group for rollout in rollouts])
     advantages = group_advantages(rewards, groups, config.advantage_eps, kind=config.advantage)
-    rows = rows_to_train_on(rewards, groups, config.prompts_per_step * config.group_size)
-    minibatches = split_into_minibatches(rollouts, rows, config.prompts_per_minibatch, config.mask_truncated)
+    chosen = rows_to_train_on(rewards, groups, config.prompts_per_step * config.group_size)
+    minibatches = split_into_minibatches(rollouts, chosen, config.prompts_per_minibatch, config.mask_truncated)
     with metrics.timer("logprobs"):
         batches = [
             log_probs(run, my_batches(run, rollouts, rows, advantages), metrics, is_first=rows is minibatches[0])
@@ -66,7 +66,6 @@ def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
         copy_weights(run.policy, run.sampler.model)
     answers = [examples[rollout.group].answer for rollout in rollouts]
     add_reply_metrics(metrics, rollouts, replies, answers, rewards, config.think, run.world.size)
-    run.position = position
     return [
         {"id": examples[rollout.group].id, "reward": reward, "reply": reply, "answer": answer}
         for rollout, reward, reply, answer in zip(rollouts, rewards.tolist(), replies, answers, strict=True)
@@ -76,14 +75,13 @@ def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
 def sft_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
     """One supervised step: cross-entropy of written replies, on the same packed batches. There are no new replies."""
     config = run.config
-    chosen, position = run.order.take(run.position, config.prompts_per_step)
+    chosen, run.position = run.order.take(run.position, config.prompts_per_step)
     examples = [run.examples[i] for i in chosen]
     with metrics.timer("update"):
         rollouts = demonstrations(examples, run.tokenizer, config.think, config.sft_on_prompt)
         for rows in split_into_minibatches(rollouts, range(len(rollouts)), config.prompts_per_minibatch):
             total = sum(len(rollouts[row].reply) for row in rows)
             update(run, my_batches(run, rollouts, rows, torch.zeros(len(rollouts))), rollouts, total, step, metrics)
-    run.position = position
     return []
 
 
@@ -92,20 +90,20 @@ def sft_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
 
 def sample_groups(
     run: Run, step: int, metrics: Metrics
-) -> tuple[list[Example], list[Rollout], list[str], torch.Tensor, int]:
-    """Examples, rollouts, their texts and rewards [N] of a step, and the position in the order behind its prompts.
+) -> tuple[list[Example], list[Rollout], list[str], torch.Tensor]:
+    """The examples of a step, the replies to them as rollouts and as texts, and their rewards [N].
 
     dynamic_sampling: in up to so many further rounds, each prompt whose replies all got one reward is made up for by
-    the order's next one (DAPO, arXiv 2503.14476, Sec. 3.2). Where few prompts teach anything, because most are solved
-    always or never; it costs replies.
+    the order's next one (DAPO, arXiv 2503.14476, Sec. 3.2). For data of which the policy solves most always or never;
+    it costs replies.
     """
-    config, missing, position = run.config, run.config.prompts_per_step, run.position
+    config, missing = run.config, run.config.prompts_per_step
     examples, rollouts, replies, rewards = [], [], [], torch.empty(0)
     for sampling_round in range(1 + config.dynamic_sampling):
-        chosen, position = run.order.take(position, missing)
+        chosen, run.position = run.order.take(run.position, missing)
         more = [run.examples[i] for i in chosen]
         with metrics.timer("rollout"):
-            # A step that spans two epochs can meet an example again: in another round, so with other random numbers.
+            # A step of two epochs can meet an example again, in another round: with other random numbers, then.
             sampled = sample(run, more, keys=[i + sampling_round * len(run.examples) for i in chosen], step=step)
         with metrics.timer("reward"):
             texts, scores = score(run, sampled, more, step)
@@ -119,7 +117,7 @@ def sample_groups(
         missing = int(equal.sum()) // config.group_size
         if not missing:
             break
-    return examples, rollouts, replies, rewards, position
+    return examples, rollouts, replies, rewards
 
 
 def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> list[Rollout]:
@@ -159,7 +157,7 @@ def score(run: Run, rollouts: list[Rollout], examples: list[Example], step: int)
 
 
 def log_probs(run: Run, batches: list[PackedBatch], metrics: Metrics, is_first: bool) -> list[PackedBatch]:
-    """The batches with the log-probs of the reference and, where the loss cannot have them anyway, of the policy."""
+    """The batches with the log-probs of the reference and, where they are not the update's own, of the policy."""
     config = run.config
     policy = None if is_first or config.old_logprobs == "sampler" else run.policy
     metrics.add_tokens("logprobs", sum(len(batch.tokens) for batch in batches))

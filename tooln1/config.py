@@ -82,12 +82,8 @@ class Config:
     advantage_eps: float = setting(1e-6, "std: added to the standard deviation", "", "(0, inf)", paper=1e-6)
     loss_aggregation: str = setting("token_mean", "how token losses are averaged; see grpo.py", choices=AGGREGATIONS)
     mask_truncated: bool = setting(False, "leave replies that were cut off out of the loss", paper=False)
-    old_logprobs: str = setting(
-        "policy", "from a pass of the policy, or the sampler's own", paper="policy", choices=("policy", "sampler")
-    )
-    sampler_correction: str = setting(
-        "off", "weights for sampler and trainer that disagree; see grpo.py", choices=tuple(SAMPLER_CORRECTIONS)
-    )
+    old_logprobs: str = setting("policy", "of which model's pass", paper="policy", choices=("policy", "sampler"))
+    sampler_correction: str = setting("off", "weights of tokens; see grpo.py", choices=tuple(SAMPLER_CORRECTIONS))
     sampler_ratio_cap: float = setting(2.0, "most that such a weight can be", "", "(0, inf)")
 
     learning_rate: float = setting(1e-6, "AdamW's, at its peak", "", "(0, inf)", paper=1e-6, section="optimizer")

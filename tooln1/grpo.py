@@ -213,18 +213,13 @@ def clipped_policy_loss(
 
 
 def cispo_policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float, _: float = 0.0
 ) -> Tensor:
     """Per-token CISPO loss: -sg(clip(rho, 1 - clip_low, 1 + clip_high)) A log pi, any shape; sg stops the gradient.
 
-    MiniMax-M1 (arXiv 2506.13585), Eq. 4 and 5, which sets no lower bound (clip_low 1) and a high upper one; TRL has
-    clip_low 1, clip_high 4. Every token keeps a gradient, rare ones that the clip would silence, too: for several
-    optimizer steps a rollout. `dual_clip` would bound a ratio that is bounded here.
+    MiniMax-M1 (arXiv 2506.13585), Eq. 4 and 5, run without a lower bound (clip_low 1); TRL has clip_high 4. For several
+    optimizer steps a rollout: rare tokens keep their gradient, which the clip would take away. No dual clip: the ratio
+    is bounded as it is.
     """
     ratio = (logprobs - old_logprobs).exp().clamp(1 - clip_low, 1 + clip_high)
     return -ratio.detach() * advantages * logprobs
@@ -275,24 +270,18 @@ def k3_kl(
     return k3 if max_kl is None else k3.clamp(-max_kl, max_kl)
 
 
-def k2_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Per-token k2 estimate of KL(pi || pi_ref): d² / 2 with d = log pi_ref - log pi, >= 0, any shape.
+KL_ESTIMATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "k3": k3_kl,
+    "k2": lambda logprobs, ref_logprobs: (ref_logprobs - logprobs).square() / 2,
+    "k1": lambda logprobs, ref_logprobs: logprobs - ref_logprobs,
+}
+"""Name -> estimate of KL(pi || pi_ref), token by token, with d = log pi_ref - log pi: Schulman, "Approximating KL
+divergence" (2020).
 
-    Biased, but its gradient is, in expectation, that of the KL itself, which k3's is only near pi_ref.
-    """
-    return (ref_logprobs - logprobs).square() / 2
-
-
-def k1_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Per-token k1 estimate of KL(pi || pi_ref): log pi - log pi_ref, of either sign, any shape.
-
-    Unbiased, to measure the KL with: its gradient has expectation 0, so in the loss it only adds noise.
-    """
-    return logprobs - ref_logprobs
-
-
-KL_ESTIMATES = {"k3": k3_kl, "k2": k2_kl, "k1": k1_kl}
-"""The estimators of Schulman, "Approximating KL divergence" (2020); k3 is the paper's."""
+  k3  exp(d) - d - 1  the paper's: unbiased, >= 0, little variance
+  k2  d² / 2          biased; but its gradient is that of the KL in expectation, which k3's is only near pi_ref
+  k1  -d              unbiased, to measure with: its gradient is 0 in expectation, so as a loss it only adds noise
+"""
 
 
 def _sequence_mask(log_ratio: Tensor, cap: float) -> Tensor:

@@ -75,9 +75,8 @@ def add_logprobs(
 class PolicyLoss:
     """GRPO's loss of one micro-batch (Eq. 3): clipped policy term + kl_coef · KL - entropy_coef · entropy.
 
-    A batch without `old_logprobs` is of a policy that is as it sampled: the first mini-batch of a step. Its old
-    log-probs are then this pass's own, and the ratio is 1 with the gradient of log pi. One without `ref_logprobs` has
-    no KL term.
+    A batch without `old_logprobs` (a step's first mini-batch) is of the policy as it sampled: they are this pass's own,
+    and rho is 1, with the gradient of log pi. One without `ref_logprobs` has no KL term.
     """
 
     temperature: float = 0.7

@@ -50,7 +50,8 @@ class Run:
     notes: dict  # stored in every checkpoint: settings, fingerprints of data and models
     log: RunLog | None = None  # open from the first step on; None on the ranks other than 0
     completed_steps: int = 0
-    position: int = 0  # in the order, behind the prompts of the completed steps
+    position: int = 0  # in the order, behind all prompts that have been drawn
+    completed_position: int = 0  # behind those of the completed steps
     saved_steps: int = 0  # completed steps that the newest checkpoint has
     can_abandon_step: bool = True  # the weights are still those of the last completed step
     bad_steps: int = 0  # optimizer steps in a row whose loss or gradient was not finite
