@@ -33,6 +33,7 @@ from tooln1.io.errors import UserError, exit_on_user_error
 from tooln1.io.files import atomic_write, check_writable
 from tooln1.io.jsonl import parse_json, read_rows, read_text
 from tooln1.model import load_model, model_files, read_config
+from tooln1.run.kernels import choose_decode
 from tooln1.run.metrics import to_json
 from tooln1.sampler.sampler import Sampler
 from tooln1.tokenizer import load_tokenizer
@@ -110,6 +111,7 @@ def generate(
     tokenizer = load_tokenizer(source)
     model = load_model(source, dtype, world.device, tokenizer.vocab_size)
     sampler = Sampler(model, tokenizer.stop_ids, options.rows or (512 if cuda else 64))
+    choose_decode(sampler, "auto", world)
     prompts = [[(case.id, generation.messages(case)) for case in benchmark.cases] for benchmark in benchmarks]
     settings = {
         "model": source,

@@ -78,7 +78,7 @@ def sft_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
     chosen, run.position = run.order.take(run.position, config.prompts_per_step)
     examples = [run.examples[i] for i in chosen]
     with metrics.timer("update"):
-        rollouts = demonstrations(examples, run.tokenizer, config.think, config.sft_on_prompt)
+        rollouts = demonstrations(examples, run.tokenizer, config.think)
         for rows in split_into_minibatches(rollouts, range(len(rollouts)), config.prompts_per_minibatch):
             total = sum(len(rollouts[row].reply) for row in rows)
             update(run, my_batches(run, rollouts, rows, torch.zeros(len(rollouts))), rollouts, total, step, metrics)
@@ -200,7 +200,8 @@ def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantage
     shares = plan_microbatches(
         rollouts, rows, config.tokens_per_microbatch, run.world.size, pair_cost(run.policy.config)
     )
-    return [pack(rollouts, share, advantages, run.world.device) for share in shares[run.world.rank]]
+    mine = shares[run.world.rank]
+    return [pack(rollouts, share, advantages, run.world.device, run.update_attention) for share in mine]
 
 
 # ------------------------------------------------------------------------------------------------ the run

@@ -108,9 +108,10 @@ def logprobs_and_gradients(model, batches):
     return torch.cat([by_row[row] for row in sorted(by_row)]).detach(), gradient
 
 
-def test_shared_prompts_give_the_logprobs_and_gradients_of_separate_sequences():
-    model = load_model(reference("models/dev/llama31_orig64_untied_fp32"), torch.float64)
-    rollouts = random_rollouts()
+@pytest.mark.parametrize("name", ["llama31_orig64_untied_fp32", "qwen3_4x2_tied_bf16"])
+def test_shared_prompts_give_the_logprobs_and_gradients_of_separate_sequences(name):
+    model = load_model(reference(f"models/dev/{name}"), torch.float64)
+    rollouts = random_rollouts(vocab=model.config.vocab_size)
     zeros = torch.zeros(len(rollouts))
     separate = [pack(rollouts, [row], zeros) for row in range(len(rollouts))]
     shared = [pack(rollouts, list(range(len(rollouts))), zeros)]

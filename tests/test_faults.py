@@ -188,7 +188,7 @@ def test_a_run_stopped_anywhere_ends_as_an_undisturbed_one(place, undisturbed, m
         patch.setattr(module, name, signalled)
         run(place, stopped, **SETTINGS)
     assert stop.value.number == signal.SIGTERM and len(calls) == count
-    assert (place / stopped / "checkpoints/latest").read_text() == f"step-{done:06d}\n"
+    assert (place / stopped / f"checkpoints/step-{done:06d}/index.json").exists()
     assert steps_of(place / stopped) == list(range(done + 1))
     assert "heldout_accuracy" not in measured(place / stopped)[-1]
     run(place, stopped, resume="auto", **SETTINGS)

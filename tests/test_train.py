@@ -43,8 +43,7 @@ def test_the_run_directory_is_complete(finished, place):
     config = load_config(["--config", str(finished / "config.toml")], train.DEFAULT)
     assert to_toml(config) == (finished / "config.toml").read_text()
     there = sorted(path.name for path in (finished / "checkpoints").iterdir())
-    assert there == ["latest", "step-000002", "step-000003"]
-    assert (finished / "checkpoints" / "latest").read_text() == "step-000003\n"
+    assert there == ["step-000002", "step-000003"]
     rows = measured(finished)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert [row["step"] for row in rows if "heldout_accuracy" in row] == [0, 2, 3]
@@ -148,19 +147,16 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere(place, monkeypatch):
 
 
 def test_supervised_training_lowers_the_loss(place):
-    how = dict(mode="sft", sft_on_prompt=True, steps=8, prompts_per_minibatch=4, learning_rate=3e-3, eval_every=8)
+    how = dict(mode="sft", steps=8, prompts_per_minibatch=4, learning_rate=3e-3, eval_every=8)
     folder = run(place, "sft", **how)
     rows = measured(folder)
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert rows[0]["loss"] == pytest.approx(rows[0]["cross_entropy"], rel=1e-5)
 
 
-def test_demonstrations_end_with_the_stop_token_and_cover_what_is_asked(place):
+def test_demonstrations_end_with_the_stop_token(place):
     tokenizer = load_tokenizer(place / "model")
     pairs = read_examples(place / "data.jsonl")
     assert target_text(pairs[3]) == '<tool_call>[{"name": "add", "arguments": {"a": 3, "b": 111}}]</tool_call>'
-    (on_reply,) = demonstrations(pairs[3:4], tokenizer, True, False)
-    (on_all,) = demonstrations(pairs[3:4], tokenizer, True, True)
-    assert tokenizer.decode(on_reply.reply) == target_text(pairs[3]) + "<|im_end|>"
-    assert len(on_all.prompt) == 1
-    assert on_all.prompt + on_all.reply == on_reply.prompt + on_reply.reply
+    (demonstration,) = demonstrations(pairs[3:4], tokenizer, True)
+    assert tokenizer.decode(demonstration.reply) == target_text(pairs[3]) + "<|im_end|>"

@@ -21,6 +21,7 @@ from tooln1.rewards import REWARDS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SWITCH = ("auto", "on", "off")
+DECODE, PACKED = ("auto", "graph", "eager", "gathered"), ("auto", "flex", "sdpa")
 
 
 def setting(default: Any, help: str, unit: str = "", within: str = "[0, inf)", **about: Any) -> Any:
@@ -56,7 +57,6 @@ class Config:
     think: bool = setting(True, "prompt for <think> ... </think> before the calls", paper=True)
     reward: str = setting("binary", "rule that scores a reply", paper="binary", choices=tuple(REWARDS))
     shuffle_rewards: bool = setting(False, "permute the rewards within the batch: the control experiment")
-    sft_on_prompt: bool = setting(False, "sft: learn the prompt's tokens too, not only the reply's")
     max_prompt_tokens: int = setting(4096, "longer prompts are left out", "tokens", "[1, inf)", paper=4096)
 
     epochs: int = setting(7, "passes over train_data; not used if steps is set", "epochs", paper=7, section="schedule")
@@ -96,14 +96,16 @@ class Config:
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", "", "(0, inf)", paper=1.0)
 
     compile: bool = setting(False, "torch.compile the layers of the policy", section="memory_and_speed")
-    activation_checkpointing: str = setting("auto", "recompute layers; auto: from 1e9 parameters", choices=SWITCH)
+    activation_checkpointing: str = setting("auto", "recompute layers; auto: from 4e8 parameters", choices=SWITCH)
     accumulate_unsharded: str = setting("auto", "no resharding between micro-batches; auto: below 2e9", choices=SWITCH)
     offload_reference: bool = setting(False, "keep the reference model's shards in host memory (CUDA)")
     offload_optimizer: bool = setting(False, "keep the policy's shards and Adam state in host memory (CUDA)")
     tokens_per_microbatch: int = setting(30720, "most of a process's forward pass", "tokens", "[1, inf)", paper=30720)
     logprob_chunk_tokens: int = setting(1024, "tokens whose logits are in memory at once", "tokens", "[1, inf)")
     max_num_seqs: int = setting(0, "most replies sampled at once; 0: all, on CUDA 512", "replies")
-    rollout_cache_tokens: int = setting(0, "KV cache; 0: as needed, at most 1/3 of the free memory", "tokens")
+    rollout_cache_tokens: int = setting(0, "KV cache; 0: as needed, in half of the memory that is left", "tokens")
+    rollout_decode: str = setting("auto", "decoding; auto: the first that works on the GPU", choices=DECODE)
+    update_attention: str = setting("auto", "of packed batches; auto: the first that works", choices=PACKED)
 
     eval_bench: str = setting("", "benchmark, NAME=PATH as for eval.py", section="evaluation_and_saving")
     eval_every: int = setting(10, "evaluate after every so many steps; 0: only at the end", "steps", paper=10)

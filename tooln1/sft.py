@@ -20,19 +20,14 @@ def target_text(example: Example) -> str:
     return format_reply(example.answer) if example.reply is None else example.reply
 
 
-def demonstrations(examples: Sequence[Example], tokenizer: Tokenizer, think: bool, on_prompt: bool) -> list[Rollout]:
-    """The examples as rollouts to imitate, each a group of its own.
-
-    With `on_prompt` the loss covers the prompt as well: everything behind the first token counts as the reply.
-    """
+def demonstrations(examples: Sequence[Example], tokenizer: Tokenizer, think: bool) -> list[Rollout]:
+    """The examples as rollouts to imitate, each a group of its own."""
     rollouts = []
     for group, example in enumerate(examples):
         try:
             prompt, target = _tokens(build_messages(example, think), target_text(example), tokenizer)
         except UserError as error:
             raise UserError(f"example {shown(example.id)}: {error}") from error
-        if on_prompt:
-            prompt, target = prompt[:1], [*prompt[1:], *target]
         rollouts.append(Rollout(group, 0, prompt, target, [0.0] * len(target), True))
     return rollouts
 

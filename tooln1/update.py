@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tooln1.attention import packed_attention
 from tooln1.batch import PackedBatch, pad_to_rows
 from tooln1.distributed import Reduce, full_tensor, local_reduce, next_microbatch, reshard
 from tooln1.grpo import (
@@ -34,8 +33,7 @@ def batch_logprobs(
     model: Transformer, batch: PackedBatch, temperature: float, chunk: int, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability [N] of the batch's reply tokens under `model` at `temperature`, and their entropy [N]."""
-    attend = packed_attention(batch.segments, batch.tokens.device)
-    hidden = model(batch.tokens, batch.positions, attend)  # [T, C]
+    hidden = model(batch.tokens, batch.positions, batch.attend)  # [T, C]
     return token_logprobs(
         hidden[batch.predictors], model.head, batch.targets, temperature, chunk, with_entropy, model.vocabulary
     )

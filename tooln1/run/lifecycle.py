@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from tooln1.run.checkpoint import (
     set_aside,
 )
 from tooln1.run.faults import explain_oom
+from tooln1.run.kernels import choose_decode, choose_update_attention
 from tooln1.run.metrics import Metrics, RunLog
 from tooln1.run.setup import Run, build, prepare
 
@@ -42,12 +44,17 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
+    elif config.offload_optimizer:  # AdamW runs on the CPU, and torchrun gives each process a single thread
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     run_dir = Path(config.run_dir)
     with claimed(run_dir, world), explain_oom(asdict(config)) as set_phase:
         checkpoint = find_checkpoint(run_dir, config.resume, world)
         run = build(config, world, *prepare(config, world, checkpoint), set_phase)
         if checkpoint:
             resume(run, checkpoint)
+        choose_decode(run.sampler, config.rollout_decode, world)
+        how = (config.update_attention, config.tokens_per_microbatch)
+        run.update_attention = choose_update_attention(run.policy.config, *how, world)
         open_logs = partial(open_log, run) if world.is_main else lambda: None
         run.log = world.run_on_all_ranks(open_logs, f"{run_dir} cannot be written to")
         if run.saved_steps < run.completed_steps:

@@ -34,25 +34,22 @@ class Metrics:
         self._entries: dict[str, Entry] = {}
         self._seconds: dict[str, float] = {}  # by phase
 
-    def _add(self, name: str, how: str, value: Any, count: Any = 0.0) -> None:
-        self._entries[name] = _combine(self._entries.get(name), (how, float(value), float(count)))
-
     def add_mean(self, name: str, total: Any, count: Any = 1) -> None:
         """Add `total`, a sum over `count` items (numbers or tensors of one element); sum / count is logged."""
-        self._add(name, "mean", total, count)
+        self.add(name, "mean", total, count)
 
     def add_means(self, sums: dict[str, tuple[Any, Any]]) -> None:
         """`add_mean` for each name -> (total, count)."""
         for name, (total, count) in sums.items():
             self.add_mean(name, total, count)
 
-    def add(self, name: str, how: Literal["sum", "min", "max"], value: Any) -> None:
+    def add(self, name: str, how: Literal["mean", "sum", "rate", "min", "max"], value: Any, count: Any = 0) -> None:
         """Add a value to a sum, minimum or maximum over all calls and ranks."""
-        self._add(name, how, value)
+        self._entries[name] = _combine(self._entries.get(name), (how, float(value), float(count)))
 
     def add_tokens(self, phase: str, tokens: Any) -> None:
         """Add tokens that the timed `phase` processed; tokens_per_second/<phase> is logged."""
-        self._add(f"tokens_per_second/{phase}", "rate", tokens)
+        self.add(f"tokens_per_second/{phase}", "rate", tokens)
 
     @contextmanager
     def timer(self, phase: str) -> Iterator[None]:

@@ -17,6 +17,7 @@ from tooln1.io import weights
 from tooln1.io.errors import UserError
 from tooln1.model import Transformer, load_model, model_files, read_config
 from tooln1.prompt import drop_long
+from tooln1.run import memory
 from tooln1.run.checkpoint import Checkpoint
 from tooln1.run.checks import check_run
 from tooln1.run.metrics import RunLog
@@ -48,6 +49,7 @@ class Run:
     stop_request: StopRequest  # set by SIGTERM and SIGINT
     set_phase: Callable[[str], None]  # called with what the run does next, for error messages
     notes: dict  # stored in every checkpoint: settings, fingerprints of data and models
+    update_attention: str = "auto"  # kernel of the attention over packed batches, then "flex" or "sdpa"
     log: RunLog | None = None  # open from the first step on; None on the ranks other than 0
     completed_steps: int = 0
     position: int = 0  # in the order, behind all prompts that have been drawn
@@ -96,7 +98,13 @@ def build(
     set_phase: Callable[[str], None],
 ) -> Run:
     """Models, sampler, optimizer, order: a run before its first step."""
+    there = memory.available(world.device)
     policy, reference, sampling_copy = load_models(config, world, tokenizer.vocab_size)
+    settings = resolved(config, policy.config.num_parameters)
+    frozen = reference.config if reference else None
+    free_bytes = memory.estimate(policy.config, frozen, settings, there, world.size, 0, 0).free_bytes
+    cache = (config.max_num_seqs, config.rollout_cache_tokens)
+    sampler = Sampler(sampling_copy, tokenizer.stop_ids, *cache, free_bytes=free_bytes)
     order = EpochOrder(len(examples), config.seed)
     return Run(
         config=config,
@@ -104,7 +112,7 @@ def build(
         tokenizer=tokenizer,
         policy=policy,
         reference=reference,
-        sampler=Sampler(sampling_copy, tokenizer.stop_ids, config.max_num_seqs, config.rollout_cache_tokens),
+        sampler=sampler,
         optimizer=torch.optim.AdamW(
             policy.parameters(),
             lr=config.learning_rate,
@@ -156,7 +164,7 @@ def resolved(config: Config, parameters: int) -> dict[str, Any]:
     """All settings by name, "auto", "on" and "off" made true or false for a model of so many parameters."""
     on = {"on": True, "off": False}
     return asdict(config) | {
-        "activation_checkpointing": on.get(config.activation_checkpointing, parameters > 1e9),
+        "activation_checkpointing": on.get(config.activation_checkpointing, parameters > 4e8),
         "accumulate_unsharded": on.get(config.accumulate_unsharded, parameters < 2e9),
     }
 
