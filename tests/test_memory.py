@@ -8,6 +8,7 @@ import tiny
 import torch
 from conftest import shared
 
+from tooln1.attention import packed_attention
 from tooln1.batch import pack
 from tooln1.config import Config, read_preset
 from tooln1.data import Rollout
@@ -146,7 +147,7 @@ def test_activations_are_about_what_autograd_stores(checkpointing, changes):
 
     batch = pack(rollouts(200, 40), [0, 1, 2], torch.ones(3))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(batch.tokens, batch.positions, batch.attend)
+        model(batch.tokens, batch.positions, packed_attention(batch.segments, "cpu"))
     measured = sum(tensor.untyped_storage().nbytes() for tensor in stored.values())
     settings = SETTINGS | {"tokens_per_microbatch": len(batch.tokens), "activation_checkpointing": checkpointing}
     expected, _ = pass_bytes(shape, settings, 4, shards=0)

@@ -9,7 +9,7 @@ Worked example. Two rollouts of one prompt `a b`, with replies `c d` and `e`, an
     predictors  1  2  1  5                  where the token before each stands; `b` predicts both c and e
     lengths     2     1  1                  R = 3 replies
 
-What a reply may look at is decided by `attend`, which is `attention.packed_attention(segments, device)`.
+What a reply may look at is decided by `attention.packed_attention(segments)`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tooln1.attention import Segment, packed_attention
+from tooln1.attention import Segment
 from tooln1.data import Rollout
-from tooln1.model import Attend
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,12 @@ class PackedBatch:
     tokens: Tensor  # [T] int64
     positions: Tensor  # [T] int64, restarting in every segment, continued after the prompt by each reply
     segments: tuple[Segment, ...]  # the groups in the stream
-    attend: Attend  # attention over them, the same in all passes
     predictors: Tensor  # [N] int64, index into the stream of the token before each reply token
     targets: Tensor  # [N] int64, the reply tokens, stop token included
     lengths: tuple[int, ...]  # [R] reply tokens of each reply; they sum to N
     rows: tuple[int, ...]  # [R] index of each reply's rollout in the step
     advantages: Tensor  # [R] float32
+    attention: str  # the kernel of `attention.packed_attention`
     sampler_logprobs: Tensor  # [N] float32, as the sampler computed them
     old_logprobs: Tensor | None = None  # [N] float32, under the policy as it sampled; None: it is still the same
     ref_logprobs: Tensor | None = None  # [N] float32, under the frozen initial model
@@ -53,10 +52,8 @@ def pack(
 ) -> PackedBatch:
     """The rollouts `rows` (indices into `rollouts` and `advantages` [len(rollouts)]) as one stream.
 
-    attention: the `kernel` of `packed_attention`.
-
-    Consecutive rows of one group share their prompt. No rows give a stream of one token without a reply: a rank without
-    work runs it, so that all ranks run the same collectives.
+    attention: the `kernel` of `packed_attention`. Consecutive rows of one group share their prompt. No rows give a
+    stream of one token without a reply: a rank without work runs it, so that all ranks run the same collectives.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -85,7 +82,7 @@ def pack(
         tokens=int64(tokens),
         positions=int64(positions),
         segments=tuple(segments),
-        attend=packed_attention(tuple(segments), device, attention),
+        attention=attention,
         predictors=int64(predictors),
         targets=int64(targets),
         lengths=tuple(len(rollouts[row].reply) for row in rows),

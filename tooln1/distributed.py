@@ -174,11 +174,11 @@ def _device(name: str) -> torch.device:
     A GPU that torch cannot use is an error with "auto", too: days of training would run on the CPU.
     """
     available = torch.cuda.is_available()
-    if name == "cpu" or (name == "auto" and not available and not os.path.exists("/dev/nvidia0")):
+    if name == "cpu" or (name == "auto" and not available and not os.path.exists("/dev/nvidiactl")):
         return torch.device("cpu")
     if not available:
-        why = f"no driver for CUDA {torch.version.cuda}" if torch.version.cuda else "this is a CPU build of torch"
-        raise UserError(f"device = {name!r}, but torch finds no GPU: {why}; install one, or use --device cpu.")
+        why = f"no driver for CUDA {torch.version.cuda}, or none visible" if torch.version.cuda else "it is a CPU build"
+        raise UserError(f"device = {name!r}, but torch finds no GPU ({why}); mend that, or use --device cpu.")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device

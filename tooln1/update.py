@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tooln1.attention import packed_attention
 from tooln1.batch import PackedBatch, pad_to_rows
 from tooln1.distributed import Reduce, full_tensor, local_reduce, next_microbatch, reshard
 from tooln1.grpo import (
@@ -33,7 +34,8 @@ def batch_logprobs(
     model: Transformer, batch: PackedBatch, temperature: float, chunk: int, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability [N] of the batch's reply tokens under `model` at `temperature`, and their entropy [N]."""
-    hidden = model(batch.tokens, batch.positions, batch.attend)  # [T, C]
+    attend = packed_attention(batch.segments, batch.tokens.device, batch.attention)
+    hidden = model(batch.tokens, batch.positions, attend)  # [T, C]
     return token_logprobs(
         hidden[batch.predictors], model.head, batch.targets, temperature, chunk, with_entropy, model.vocabulary
     )

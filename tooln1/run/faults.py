@@ -58,8 +58,6 @@ def explain_oom(settings: Mapping[str, Any]) -> Iterator[Callable[[str], None]]:
     phases = ["loading"]
     try:
         yield phases.append
-    except UserError:
-        raise
     except Exception as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             if isinstance(error, torch.AcceleratorError) or type(error).__module__.startswith(KERNEL_ERRORS):

@@ -45,16 +45,18 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
     if config.threads:
         torch.set_num_threads(config.threads)
     elif config.offload_optimizer:  # AdamW runs on the CPU, and torchrun gives each process a single thread
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     run_dir = Path(config.run_dir)
     with claimed(run_dir, world), explain_oom(asdict(config)) as set_phase:
         checkpoint = find_checkpoint(run_dir, config.resume, world)
         run = build(config, world, *prepare(config, world, checkpoint), set_phase)
         if checkpoint:
             resume(run, checkpoint)
-        choose_decode(run.sampler, config.rollout_decode, world)
         how = (config.update_attention, config.tokens_per_microbatch)
         run.update_attention = choose_update_attention(run.policy.config, *how, world)
+        if config.mode == "rl" or run.benchmarks:
+            set_phase("first rollout")
+            choose_decode(run.sampler, config.rollout_decode, world)
         open_logs = partial(open_log, run) if world.is_main else lambda: None
         run.log = world.run_on_all_ranks(open_logs, f"{run_dir} cannot be written to")
         if run.saved_steps < run.completed_steps:
@@ -147,7 +149,6 @@ def save(run: Run, may_fail: bool = False) -> None:
     config, world, folder = run.config, run.world, Path(run.config.run_dir) / CHECKPOINTS
     run.set_phase(f"step {run.completed_steps}, save")
     notes = run.notes | {"bad_steps": run.bad_steps, "position": run.completed_position}
-    notes |= {"free_bytes": world.gather([run.sampler.free_bytes])}
     try:
         world.run_on_all_ranks(run.log.sync if run.log else lambda: None, "the logs could not be written")
         save_checkpoint(folder, run.completed_steps, run.policy, run.optimizer, world, notes)
@@ -173,8 +174,6 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
     run.position = run.completed_position = notes["position"]
     run.bad_steps = 0 if run.config.allow_changes else notes["bad_steps"]
     run.saved_steps = checkpoint.step if is_in(checkpoint.path, Path(run.config.run_dir)) else 0
-    if checkpoint.ranks == world.size:  # the same cache, so that the same replies are sampled together
-        run.sampler.free_bytes = notes["free_bytes"][world.rank]
     rename = partial(set_aside, folder, checkpoint.step) if world.is_main else list
     renamed = world.run_on_all_ranks(rename, f"{folder}: renaming")
     if world.is_main:

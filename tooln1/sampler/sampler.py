@@ -15,6 +15,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -29,8 +30,6 @@ from tooln1.sampler.kv_cache import KVCache, to_device
 from tooln1.sampler.paged_attention import FlexDecode, GatheredDecode, PrefillAttention
 from tooln1.sampler.sampling import SamplingParams, reply_streams, sample_tokens, uniforms
 from tooln1.sampler.scheduler import BlockManager, Scheduler, Sequence, SequenceGroup, Stats, Step
-
-CUDA_LAST_TOKENS = 1 << 16  # more than most calls have sequences, because graphs are made for one size
 
 
 class Sampler:
@@ -61,8 +60,8 @@ class Sampler:
         self.decode = "graph" if self.cuda else "gathered"  # or "eager": what the graph runs, without a graph
         self.lookahead = int(self.cuda)  # steps launched before the tokens of the last one are read
         self.cache: KVCache | None = None
-        size = CUDA_LAST_TOKENS if self.cuda else 1
-        self.last_tokens = torch.zeros(size, dtype=torch.int64, device=self.device)  # of each sequence, and one unused
+        # of each sequence, and one unused; graphs are made for one size, which is more than most calls need
+        self.last_tokens = torch.zeros(1 << 16, dtype=torch.int64, device=self.device)
         self.graphs: dict[tuple[int, SamplingParams], _DecodeGraph] = {}
         self.graph_pool = torch.cuda.graph_pool_handle() if self.cuda else None
         self.stats = Stats()  # of the last call
@@ -102,7 +101,7 @@ class Sampler:
             group = groups[i // group_size]
             group.seqs.append(Sequence(group, i, i % group_size, limit, stream))
         num_seqs = min(self.max_num_seqs or len(limits), len(limits))
-        self.reserve([seq for group in groups for seq in group.seqs], num_seqs)
+        self._reserve([seq for group in groups for seq in group.seqs], num_seqs)
         longest_first = sorted(groups, key=lambda group: -len(group.prompt))  # so that running out of cache fails early
         blocks = BlockManager(self.cache.num_blocks, self.block_size)
         scheduler = Scheduler(longest_first, blocks, num_seqs, self.max_prefill_tokens, self.stop_ids)
@@ -148,13 +147,9 @@ class Sampler:
             return self._decode(self._inputs(step.seqs), GatheredDecode(self.cache, step.seqs), params)
         count = len(step.seqs)
         size = next((size for size in (8, 16, 32) if count <= size), -(-count // 64) * 64)
-        return self.decode_graph(size, params).run(self, step.seqs)
-
-    def decode_graph(self, size: int, params: SamplingParams) -> _DecodeGraph:
-        """The decode step of `size` rows, compiled and captured if it is new."""
         if (size, params) not in self.graphs:
             self.graphs[size, params] = _DecodeGraph(self, size, params)
-        return self.graphs[size, params]
+        return self.graphs[size, params].run(self, step.seqs)
 
     def _prefill(self, step: Step, params: SamplingParams) -> Tensor:
         """Compute the prompts (and replies of preempted sequences), and sample where they end."""
@@ -185,7 +180,7 @@ class Sampler:
         inputs = [(seq.index, seq.num_cached_tokens - 1, seq.stream, seq.num_sampled - 1) for seq in seqs]
         return to_device(np.array(inputs).T, self.device)
 
-    def reserve(self, seqs: list[Sequence], num_seqs: int) -> None:
+    def _reserve(self, seqs: list[Sequence], num_seqs: int) -> None:
         """Make the cache and last_tokens large enough for the sequences of a call, `num_seqs` of them at once.
 
         On CUDA once for all calls, because kernels and graphs are compiled for them.
@@ -255,13 +250,18 @@ class _DecodeGraph:
             for _ in range(3):
                 self._step(sampler)
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph, usual_stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         gc.collect()
         gc.disable()  # an object that is freed during the capture may call CUDA, which would end it
         try:
             # thread_local: NCCL's watchdog may call CUDA meanwhile. One pool: graphs never run side by side.
             with torch.cuda.graph(self.graph, pool=sampler.graph_pool, capture_error_mode="thread_local"):
                 self.sampled = self._step(sampler)
+        except Exception:  # torch leaves its own stream current and, in most cases, the allocator in the graphs' pool
+            torch.cuda.set_stream(usual_stream)
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(sampler.device.index, sampler.graph_pool)
+            raise
         finally:
             gc.enable()
 
