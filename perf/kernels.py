@@ -147,10 +147,10 @@ def interpret_packed(shape: Shape) -> list[dict]:
     return [dict(zip(limits, map(difference, *forms, limits.values()), strict=True))]
 
 
-INTERPRET_CASES = [  # with few rows the blocks of a sequence are split over programs
+INTERPRET_CASES = [  # 8 rows are few for 132 multiprocessors: the blocks of a sequence are split over programs
     ("decode 14/2 heads of 64, 8 rows, fp32", interpret_decode, (14, 2, 64), 8, torch.float32, 1e-6),
     ("decode 14/2 heads of 64, 8 rows, fp16", interpret_decode, (14, 2, 64), 8, torch.float16, 1e-3),
-    ("decode 7/1 heads of 16, 64 rows, fp32", interpret_decode, (7, 1, 16), 64, torch.float32, 1e-6),
+    ("decode 14/2 heads of 16, 68 rows, fp32", interpret_decode, (14, 2, 16), 68, torch.float32, 1e-6),
     ("packed 7/1 heads of 32, fp32", interpret_packed, (7, 1, 32)),
 ]
 
