@@ -3,8 +3,8 @@
     python perf/kernels.py compile      # machine code for sm_90: seconds, registers, bytes spilled, bytes shared
     python perf/kernels.py interpret    # the same generated code in Triton's interpreter, against the plain forms
 
-Needs a CUDA build of torch, 2.11 to 2.13. Prints a table and one JSON line; exits with 1 if a kernel fails. It cannot
-show graph capture, speed, or bf16's rounding (the interpreter cannot multiply bf16).
+Needs a CUDA build of torch, 2.11 to 2.13 (2.11 interprets with numpy below 2.4 only). Prints a table and one JSON line;
+exits with 1 if a kernel fails. Graph capture, speed and bf16, which the interpreter cannot multiply, remain open.
 """
 
 from __future__ import annotations

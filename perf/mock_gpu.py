@@ -27,9 +27,7 @@ from torch._inductor.runtime.triton_heuristics import GridExpr
 from torch.utils._pytree import tree_map_only
 
 CUDA = torch.device("cuda", 0)
-H100 = SimpleNamespace(
-    name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=227 << 10
-)
+H100 = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232448)
 
 
 class Driver:
@@ -63,7 +61,9 @@ class InterpretedKernel:
     """A kernel that Triton's interpreter runs: TRITON_INTERPRET=1 must be set before triton is imported."""
 
     def __init__(self, name: str, source: str):
-        triton.language.extra.libdevice.exp2 = lambda x: triton.language.exp2(x)  # CUDA's own returns None here
+        libdevice = triton.language.extra.libdevice  # its functions return None in the interpreter
+        libdevice.exp2, libdevice.isnan = lambda x: triton.language.exp2(x), lambda x: x != x
+        libdevice.isinf = lambda x: triton.language.abs(x) == float("inf")
         self.tuner = getattr(PyCodeCache.load(source), name)
 
     def run(self, *args, stream: int) -> None:
