@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc-per-node 8 train.py --config configs/tool_n1_7b.toml
     python train.py                                     # the embedded demo, on whatever this machine is
+    python train.py --task examples/arithmetic.py ...   # another task than tool calls, in one file
     python train.py --help                              # every setting, its unit and the paper's value
 
 `rl_step`, below, is one step of the whole algorithm; the equations are in tooln1/grpo.py.
@@ -18,15 +19,13 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 from tooln1.batch import PackedBatch, pack, plan_microbatches, split_into_minibatches
-from tooln1.config import Config, load_config
+from tooln1.config import Config, load_config, task_file
 from tooln1.data import Example, Rollout
 from tooln1.distributed import World, copy_weights, launch
 from tooln1.grpo import group_advantages, loss_total
 from tooln1.io.errors import exit_on_user_error
 from tooln1.io.files import check_writable
 from tooln1.io.model_config import pair_cost
-from tooln1.prompt import build_messages
-from tooln1.rewards import REWARDS
 from tooln1.run.checkpoint import find_checkpoint
 from tooln1.run.faults import save_skipped_batch
 from tooln1.run.lifecycle import evaluate_if_due, finish_step, metrics_of_step, open_run
@@ -51,7 +50,7 @@ def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
     with metrics.timer("rollout"):
         rollouts = sample(run, examples, keys=chosen, step=step)
     with metrics.timer("reward"):
-        replies, rewards = score(run, rollouts, examples, step)
+        replies, rewards, measured = score(run, rollouts, examples, step)
         groups = torch.tensor([rollout.group for rollout in rollouts])
         advantages = group_advantages(rewards, groups, config.advantage_eps, config.scale_by_std)
     minibatches = split_into_minibatches(rollouts, config.prompts_per_minibatch)
@@ -64,13 +63,13 @@ def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
             update(run, mini, rollouts, total, step, metrics)
     with metrics.timer("sync"):
         copy_weights(run.policy, run.sampler.model)
-    answers = [examples[rollout.group].answer for rollout in rollouts]
-    add_reply_metrics(metrics, rollouts, replies, answers, rewards, config.think, run.world.size)
+    add_reply_metrics(metrics, rollouts, rewards, measured, run.world.size)
     add_sampler_stats(metrics, run.sampler.stats)
     add_sampler_gap(metrics, rollouts, [batch for mini in batches for batch in mini])
+    asked = [examples[rollout.group] for rollout in rollouts]
     return [
-        {"id": examples[rollout.group].id, "reward": reward, "reply": reply, "answer": answer}
-        for rollout, reward, reply, answer in zip(rollouts, rewards.tolist(), replies, answers, strict=True)
+        {"id": example.id, "reward": reward, "reply": reply, "answer": example.answer}
+        for example, reward, reply in zip(asked, rewards.tolist(), replies, strict=True)
     ]
 
 
@@ -79,7 +78,7 @@ def sft_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
     config = run.config
     examples = [run.examples[i] for i in run.order.take(step, config.prompts_per_step)]
     with metrics.timer("update"):
-        rollouts = demonstrations(examples, run.tokenizer, config.think, config.sft_on_prompt)
+        rollouts = demonstrations(examples, run.tokenizer, run.task.messages, config.sft_on_prompt)
         for rows in split_into_minibatches(rollouts, config.prompts_per_minibatch):
             total = sum(len(rollouts[row].reply) for row in rows)
             update(run, my_batches(run, rollouts, rows, torch.zeros(len(rollouts))), rollouts, total, step, metrics)
@@ -92,7 +91,7 @@ def sft_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
 def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> list[Rollout]:
     """A group of replies to each example, sampled on all ranks and known to all of them afterwards."""
     config = run.config
-    prompts = [run.tokenizer.prompt_ids(build_messages(example, config.think)) for example in examples]
+    prompts = [run.tokenizer.prompt_ids(run.task.messages(example)) for example in examples]
     total, hidden = len(prompts) * config.group_size, None if run.world.is_main else True  # None: not on a terminal
     with tqdm(desc="sampling", total=total, unit=" replies", leave=False, disable=hidden) as bar:
         return generate_distributed(
@@ -113,16 +112,24 @@ def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> lis
         )
 
 
-def score(run: Run, rollouts: list[Rollout], examples: list[Example], step: int) -> tuple[list[str], torch.Tensor]:
-    """The text of each reply, special tokens kept, and its reward [N]; shuffled over the batch in the control."""
-    reward = REWARDS[run.config.reward]
+def score(
+    run: Run, rollouts: list[Rollout], examples: list[Example], step: int
+) -> tuple[list[str], torch.Tensor, list[dict[str, float]]]:
+    """Of each reply its text, special tokens kept, its reward [N], shuffled in the control, and the task's metrics.
+
+    Each rank scores a part of them, because a task's reward may be slow, or differ from call to call.
+    """
+    task, world = run.task, run.world
     replies = [run.tokenizer.decode(rollout.reply) for rollout in rollouts]
-    rewards = [reward(reply, examples[rollout.group].answer) for reply, rollout in zip(replies, rollouts, strict=True)]
-    rewards = torch.tensor(rewards, dtype=torch.float32)
+    pairs = [(reply, examples[rollout.group]) for reply, rollout in zip(replies, rollouts, strict=True)]
+    mine = pairs[len(pairs) * world.rank // world.size : len(pairs) * (world.rank + 1) // world.size]
+    scored = world.run_on_all_ranks(lambda: [(task.reward(*pair), task.metrics(*pair)) for pair in mine], "scoring")
+    scored = world.gather(scored)
+    rewards = torch.tensor([reward for reward, _ in scored], dtype=torch.float32)
     if run.config.shuffle_rewards:
         generator = torch.Generator().manual_seed(1_000_003 * run.config.seed + step)
         rewards = rewards[torch.randperm(len(rewards), generator=generator)]
-    return replies, rewards
+    return replies, rewards, [measured for _, measured in scored]
 
 
 def log_probs(run: Run, batches: list[PackedBatch], metrics: Metrics) -> list[PackedBatch]:
@@ -174,10 +181,10 @@ def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantage
 # ------------------------------------------------------------------------------------------------ the run
 
 
-def train(config: Config, world: World) -> None:
-    """A run from its first step, or from a checkpoint, to the exported model."""
+def train(config: Config, world: World, task: str = "") -> None:
+    """A run from its first step, or from a checkpoint, to the exported model. task: as given to --task."""
     one_step = rl_step if config.mode == "rl" else sft_step
-    with open_run(config, world) as run:
+    with open_run(config, world, task) as run:
         evaluate_if_due(run)
         for step in range(run.completed_steps, run.steps):
             run.stop_request.check()
@@ -189,13 +196,13 @@ def train(config: Config, world: World) -> None:
 
 def main() -> None:
     """Read the settings, join the other processes, train or check."""
-    config = load_config(sys.argv[1:], DEFAULT)
+    config, task = load_config(sys.argv[1:], DEFAULT), task_file(sys.argv[1:])
     with launch(config.device, config.collective_timeout) as world:
         if config.check:
             check_writable(config.run_dir, "run_dir")
-            prepare(config, world, find_checkpoint(Path(config.run_dir), config.resume, world))
+            prepare(config, world, find_checkpoint(Path(config.run_dir), config.resume, world), task)
         else:
-            train(config, world)
+            train(config, world, task)
 
 
 if __name__ == "__main__":

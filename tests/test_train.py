@@ -7,14 +7,16 @@ import tiny
 import torch
 from tiny import measured, run
 
-import train
 from tooln1.config import load_config, to_toml
 from tooln1.data import read_examples
 from tooln1.io.errors import UserError
 from tooln1.model import load_model
+from tooln1.prompt import build_messages
+from tooln1.rewards import REWARDS
 from tooln1.run.metrics import read_jsonl
 from tooln1.sft import demonstrations, target_text
 from tooln1.tokenizer import load_tokenizer
+from train import DEFAULT
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def finished(place):
 def test_the_run_directory_is_complete(finished, place):
     names = {path.name for path in finished.iterdir()}
     assert names == {"config.toml", "metrics.jsonl", "rollouts.jsonl", "checkpoints", "hf"}
-    config = load_config(["--config", str(finished / "config.toml")], train.DEFAULT)
+    config = load_config(["--config", str(finished / "config.toml")], DEFAULT)
     assert to_toml(config) == (finished / "config.toml").read_text()
     there = sorted(path.name for path in (finished / "checkpoints").iterdir())
     assert there == ["latest", "step-000002", "step-000003"]
@@ -75,14 +77,14 @@ def test_a_resumed_run_ends_where_the_whole_one_does(finished, place, capsys):
 
 def test_it_learns_what_is_rewarded(place, monkeypatch):
     """Replies that begin with one of the first letters pay: from a quarter of them to nearly all."""
-    monkeypatch.setitem(train.REWARDS, "binary", lambda text, answer: float(text[:1].lower() in "abcdefghijklm"))
+    monkeypatch.setitem(REWARDS, "binary", lambda text, answer: float(text[:1].lower() in "abcdefghijklm"))
     how = dict(steps=6, group_size=8, prompts_per_minibatch=4, max_reply_tokens=1, learning_rate=1e-2)
     rewards = [row["reward"] for row in measured(run(place, "learns", eval_every=0, save_every=0, **how))]
     assert rewards[0] < 0.5 and rewards[-1] > 0.9, rewards
 
 
 def test_shuffled_rewards_are_the_same_rewards_elsewhere(place, monkeypatch):
-    monkeypatch.setitem(train.REWARDS, "binary", lambda text, answer: float(len(text) % 7))
+    monkeypatch.setitem(REWARDS, "binary", lambda text, answer: float(len(text) % 7))
     how = dict(steps=1, eval_every=0, save_every=0)
     plain, shuffled = (
         read_jsonl(run(place, f"shuffle-{on}", shuffle_rewards=on, **how) / "rollouts.jsonl") for on in (False, True)
@@ -103,8 +105,8 @@ def test_demonstrations_end_with_the_stop_token_and_cover_what_is_asked(place):
     tokenizer = load_tokenizer(place / "model")
     pairs = read_examples(place / "data.jsonl")
     assert target_text(pairs[3]) == '<tool_call>[{"name": "add", "arguments": {"a": 3, "b": 111}}]</tool_call>'
-    (on_reply,) = demonstrations(pairs[3:4], tokenizer, True, False)
-    (on_all,) = demonstrations(pairs[3:4], tokenizer, True, True)
+    (on_reply,) = demonstrations(pairs[3:4], tokenizer, build_messages, False)
+    (on_all,) = demonstrations(pairs[3:4], tokenizer, build_messages, True)
     assert tokenizer.decode(on_reply.reply) == target_text(pairs[3]) + "<|im_end|>"
     assert len(on_all.prompt) == 1
     assert on_all.prompt + on_all.reply == on_reply.prompt + on_reply.reply
