@@ -19,7 +19,7 @@ import gc
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from tooln1.benchmarks import NAMES, bfcl, paper, runner, table
 from tooln1.benchmarks.runner import GenerationConfig, Key, LoadedBenchmark, Prediction
-from tooln1.data import checked_example
+from tooln1.data import Example
 from tooln1.distributed import World, launch
 from tooln1.io import weights
 from tooln1.io.errors import UserError, exit_on_user_error
@@ -80,35 +80,25 @@ def evaluate(options: argparse.Namespace, world: World) -> int:
     return world.broadcast(int(not all(summary["valid"] for summary in summaries)))
 
 
-def ask(options: argparse.Namespace, world: World) -> int:
-    """Print the prompt's size, and what the model replies to one request; returns the exit code."""
+def ask(options: argparse.Namespace, world: World) -> None:
+    """Print the prompt's size, the thought and the calls of the reply to one request."""
     tools = [tool for _, tool in read_rows(options.tools)] if options.tools else []
-    row = {"id": "ask", "source": "ask", "system": XLAM_SYSTEM, "tools": tools, "answer": []}
-    row |= {"messages": [{"role": "user", "content": options.ask}]}
-    example = checked_example(row, options.tools or "--ask", set())
+    example = Example("ask", "ask", XLAM_SYSTEM, tools, [{"role": "user", "content": options.ask}], [])
     benchmark = runner.held_out_benchmark("--ask", [example], load_task(options.task))
     tokenizer, sampler = load(options, world, options.model)
     prompt = tokenizer.prompt_ids(options.generation.messages(benchmark.cases[0]))
     (found,) = runner.generate_predictions(benchmark, sampler, tokenizer, world, options.generation)
-    if world.is_main:
-        print(f"prompt: {len(prompt)} tokens, {len(tools)} tools")
-        print(*described(*found.values(), options.generation.think), sep="\n")
-    return 0
-
-
-def described(prediction: Prediction, think: bool) -> Iterator[str]:
-    """Lines with a reply's thought and calls; where something is wrong with it, the fault and the text as it is."""
+    prediction = found["heldout", "ask", 0]
     text = without_stop_token(prediction.completion)
-    reply = parse_reply(text)
+    reply, fault = parse_reply(text), prediction.fault or ("" if prediction.finished else "cut off")
+    lines = [f"prompt:  {len(prompt)} tokens"]
     if reply.has_think:
-        yield f"thought: {text.partition(THINK_OPEN)[2].partition(THINK_CLOSE)[0].strip()}"
-    yield from (f"call: {json.dumps(call, ensure_ascii=False)}" for call in reply.calls or ())
-    if reply.calls == []:
-        yield "no call"
-    faults = {"none"} if think else {"none", "no_think"}
-    fault = prediction.fault or ("" if prediction.finished else "cut off, see --max-reply-tokens")
-    if fault or reply.fault not in faults:
-        yield f"fault: {fault or reply.fault}; the reply as it is:\n{text}"
+        lines.append(f"thought: {text.partition(THINK_OPEN)[2].partition(THINK_CLOSE)[0].strip()}")
+    lines += [f"call:    {json.dumps(call, ensure_ascii=False)}" for call in reply.calls or ()]
+    if reply.fault != "none" or fault:
+        lines += [f"fault:   {fault or reply.fault}; the reply as it is:", text]
+    if world.is_main:
+        print(*lines, sep="\n")
 
 
 def score(

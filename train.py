@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
 from tooln1.batch import PackedBatch, pack, plan_microbatches, split_into_minibatches
-from tooln1.config import Config, load_config, task_file
+from tooln1.config import Config, load_config
 from tooln1.data import Example, Rollout
 from tooln1.distributed import World, copy_weights, launch
 from tooln1.grpo import group_advantages, loss_total
@@ -196,7 +196,10 @@ def train(config: Config, world: World, task: str = "") -> None:
 
 def main() -> None:
     """Read the settings, join the other processes, train or check."""
-    config, task = load_config(sys.argv[1:], DEFAULT), task_file(sys.argv[1:])
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", default="")  # no setting, which a preset could give: the file is run as code
+    options, argv = parser.parse_known_args()
+    config, task = load_config(argv, DEFAULT), options.task
     with launch(config.device, config.collective_timeout) as world:
         if config.check:
             check_writable(config.run_dir, "run_dir")

@@ -73,23 +73,23 @@ def dialogue(name, *questions, source="talk"):
 
 def test_examples_without_a_common_row_or_content_do_not_overlap():
     train, held_out = tiny.examples(12)[:8], tiny.examples(12)[8:]
-    worst(train_eval_overlap(train, held_out), "ok", "0 of 4 held-out")
-    worst(train_eval_overlap(train, []), "ok")
+    worst(train_eval_overlap(train, held_out, Task()), "ok", "0 of 4 held-out")
+    worst(train_eval_overlap(train, [], Task()), "ok")
 
 
 def test_a_common_source_row_is_an_overlap():
     train = [dialogue("toolace-1-3", "one"), dialogue("toolace-12-3", "two")]
     held_out = [dialogue("toolace-2-3", "four"), dialogue("toolace-1-5", "three"), dialogue("toolace-1-7", "five")]
-    worst(train_eval_overlap(train, held_out), "warning", "2 of 3", "source row", "the first: toolace-1-5")
+    worst(train_eval_overlap(train, held_out, Task()), "warning", "2 of 3", "source row", "the first: toolace-1-5")
     held_out = [dialogue("xlam-9", "one more"), dialogue("toolace-12-3-irrelevant", "x")]
-    worst(train_eval_overlap(train, held_out), "warning", "1 of 2")
+    worst(train_eval_overlap(train, held_out, Task()), "warning", "1 of 2")
 
 
 def test_the_same_tools_in_any_order_and_first_message_are_an_overlap():
     tools = [{"name": "f"}, {"name": "g"}]
     train = [replace(dialogue("a", "one"), tools=tools), dialogue("b", "two")]
     held_out = [replace(dialogue("c", "one", "more"), tools=tools[::-1]), dialogue("d", "one"), dialogue("e", "six")]
-    worst(train_eval_overlap(train, held_out), "warning", "1 of 3", "the first: c")
+    worst(train_eval_overlap(train, held_out, Task()), "warning", "1 of 3", "the first: c")
 
 
 # --- template, stop ids

@@ -139,13 +139,6 @@ def load_config(argv: list[str], default_toml: str | Path) -> Config:
     return config
 
 
-def task_file(argv: list[str]) -> str:
-    """The value of `--task`, which only a command line can give because the file is run as code; "" without one."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--task", default="")
-    return parser.parse_known_args(argv)[0].task
-
-
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are UserErrors, without the usage of 60 options before them."""
 

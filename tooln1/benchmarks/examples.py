@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 from tooln1.benchmarks import Case, Tally, Verdict
 from tooln1.data import Example, read_examples
@@ -37,23 +37,14 @@ def totals(by_category: dict[str, Tally]) -> dict[str, Tally | float]:
     return {"overall": Tally(sum(tally.right for tally in tallies), sum(tally.count for tally in tallies))}
 
 
-@dataclass(frozen=True)
-class TaskExamples:
-    """The examples of a task file: asked with its messages; their accuracy is the mean of its reward."""
+def of_task(task: Task) -> SimpleNamespace:
+    """This benchmark for a task file: asked with its messages, and the accuracy is the mean of its reward."""
 
-    task: Task
-    totals = staticmethod(totals)
+    def cases(examples: Iterable[Example]) -> list[Case]:
+        return [Case(one.id, one.source, one, one.extra or one.answer, messages=task.messages(one)) for one in examples]
 
-    def load(self, path: str) -> list[Case]:
-        """A case for each example that the task reads."""
-        return self.cases_of(self.task.read(path))
-
-    def cases_of(self, examples: Iterable[Example]) -> list[Case]:
-        """A case for each example."""
-        messages = self.task.messages
-        return [Case(one.id, one.source, one, one.extra or one.answer, messages=messages(one)) for one in examples]
-
-    def score(self, case: Case, completion: str, think: bool = True) -> Verdict:
-        """Right where the reward is above 0."""
-        reward = self.task.reward(completion, case.example)
+    def verdict(case: Case, completion: str, think: bool = True) -> Verdict:
+        reward = task.reward(completion, case.example)
         return Verdict(reward > 0, "" if reward > 0 else "no_reward", reward=reward)
+
+    return SimpleNamespace(load=lambda path: cases(task.read(path)), cases_of=cases, score=verdict, totals=totals)

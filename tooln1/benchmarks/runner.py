@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from tooln1.benchmarks import Case, Tally, Verdict, examples, row_by_rule
 from tooln1.benchmarks import benchmark as benchmark_module
-from tooln1.benchmarks.examples import TaskExamples
 from tooln1.data import Example
 from tooln1.distributed import World
 from tooln1.io.errors import UserError
@@ -100,7 +99,7 @@ def load_benchmarks(
             raise UserError(f"--bench takes NAME=PATH, such as examples=heldout.jsonl; found {argument!r}.")
         if name in loaded:
             raise UserError(f"--bench names {name} twice; evaluate the second one in another run.")
-        module = TaskExamples(task) if task.file and name == "examples" else benchmark_module(name)
+        module = examples.of_task(task) if task.file and name == "examples" else benchmark_module(name)
         cases = chosen = module.load(path)
         changed_ids = getattr(module, "CHANGED_SINCE_PAPER", ())
         if changed_ids and changed != "all":
@@ -113,7 +112,7 @@ def load_benchmarks(
 
 def held_out_benchmark(path: str, held_out: Sequence[Example], task: Task = TOOL_N1) -> LoadedBenchmark:
     """Held-out training examples as a benchmark with the name "heldout"."""
-    module = TaskExamples(task) if task.file else examples
+    module = examples.of_task(task) if task.file else examples
     cases = module.cases_of(held_out)
     return LoadedBenchmark("heldout", path, module, cases, cases)
 

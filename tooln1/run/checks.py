@@ -23,7 +23,7 @@ from tooln1.rewards import REWARDS, RULES
 from tooln1.run import memory
 from tooln1.run.metrics import tensorboard_writer
 from tooln1.sft import target_text
-from tooln1.task import TOOL_N1, Task
+from tooln1.task import Task
 from tooln1.tokenizer import Tokenizer
 
 CHECKPOINT_BYTES = 12  # per parameter: fp32 weights and two fp32 moments
@@ -146,12 +146,12 @@ def stop_ids(tokenizer: Tokenizer, model_vocab_size: int) -> Iterator[Finding]:
         yield Finding("error", "stop ids", text)
 
 
-def template(tokenizer: Tokenizer, examples: Sequence[Example], task: Task, supervised: bool) -> Iterator[Finding]:
+def template(tokenizer: Tokenizer, examples: Sequence[Example], task: Task, sft: bool) -> Iterator[Finding]:
     """Whether prompts and right replies survive the chat template and the tokenizer: one example of each source."""
     first = {example.source: example for example in reversed(examples)}
     faults: dict[tuple[str, str], str] = {}
     for example in first.values():
-        for level, text in template_faults(tokenizer, example, task, supervised):
+        for level, text in template_faults(tokenizer, example, task, sft):
             faults.setdefault((level, text), f"{text} (example {example.id}).")
     for (level, _), text in faults.items():
         yield Finding(level, "template", text)
@@ -159,7 +159,7 @@ def template(tokenizer: Tokenizer, examples: Sequence[Example], task: Task, supe
         yield Finding("ok", "template", f"prompts and right replies of {len(first)} examples are unchanged by it.")
 
 
-def template_faults(tokenizer: Tokenizer, example: Example, task: Task, supervised: bool) -> Iterator[tuple[str, str]]:
+def template_faults(tokenizer: Tokenizer, example: Example, task: Task, sft: bool) -> Iterator[tuple[str, str]]:
     """(level, text) for what the template or the tokenizer changes in an example's prompt and a right reply to it."""
     think = task.think and not task.file
     reward = task.rule if think else "binary_no_think"
@@ -184,24 +184,21 @@ def template_faults(tokenizer: Tokenizer, example: Example, task: Task, supervis
     last = tokenizer.encode(finished.rstrip())[-1:]
     if not set(last) & set(tokenizer.stop_ids):
         text = f"the chat template ends a reply with {tokenizer.decode(last)!r}, none of the stop ids"
-        yield "error" if supervised else "warning", f"{text}; add it to eos_token_id in generation_config.json"
-    if supervised and not finished.startswith(prompt):
+        yield "error" if sft else "warning", f"{text}; add it to eos_token_id in generation_config.json"
+    if sft and not finished.startswith(prompt):
         yield "error", "the chat template does not begin a finished reply with its prompt: it cannot be imitated"
 
 
-def train_eval_overlap(
-    train: Sequence[Example], held_out: Sequence[Example], task: Task = TOOL_N1
-) -> Iterator[Finding]:
+def train_eval_overlap(train: Sequence[Example], held_out: Sequence[Example], task: Task) -> Iterator[Finding]:
     """Held-out examples that share their source row, or their tools and first message, with a training example.
 
-    `prepare.split` keeps these apart. Ids name the source row, so files of different origin need different ids. For a
-    task file the prompts are compared, which its `messages` may make of anything.
+    `prepare.split` keeps these apart. Ids name the source row, so files of different origin need different ids. With a
+    task file they share their whole prompt instead.
     """
 
     def traits(example: Example) -> set[str]:
-        if task.file:
-            return {json.dumps(task.messages(example))}
-        return {source_row(example.id), content_digest(example)}
+        ours = (source_row(example.id), content_digest(example))
+        return {json.dumps(task.messages(example))} if task.file else set(ours)
 
     seen = set().union(*map(traits, train))
     shared = [example.id for example in held_out if traits(example) & seen]

@@ -1,4 +1,4 @@
-"""The Python file that `--task` names.
+"""The Python file that `--task` names, with functions in place of Tool-N1's (tooln1/task.py):
 
     def reward(reply, example): ...     # -> a finite number. Required; `reply` is without the stop token at its end
     def read(path): ...                 # -> list[Example]
@@ -21,7 +21,7 @@ from numbers import Real
 from typing import Any
 
 from tooln1.io.errors import UserError
-from tooln1.io.jsonl import read_text, shown
+from tooln1.io.jsonl import read_text
 from tooln1.prompt import without_stop_token
 from tooln1.task import Task
 
@@ -29,14 +29,14 @@ from tooln1.task import Task
 def load_task(file: str, think: bool = True, rule: str = "binary") -> Task:
     """Tool-N1 with the functions that a task file has; "" for Tool-N1 itself.
 
-    Raises UserError, also in these functions: for an exception (with its traceback and the example's id), for a reward
+    Raises UserError, also in these functions: for an exception (with the example's id and the traceback), for a reward
     that is no finite number, and for a file that cannot be read or has no `reward`.
     """
     if not file:
         return Task(think, rule)
     task = Task(think, rule, file, hashlib.sha256(read_text(file).encode()).hexdigest()[:16])
     module = module_from_spec(spec_from_loader("task_file", SourceFileLoader("task_file", file)))
-    _call(f"{file} cannot be imported", module.__loader__.exec_module, module)
+    _checked(file, "import", lambda _: module.__loader__.exec_module(module), file)
     if not hasattr(module, "reward"):
         raise UserError(f"{file} has no function reward(reply, example), which every task needs.")
     for name in ("read", "messages", "reward", "metrics"):
@@ -46,19 +46,15 @@ def load_task(file: str, think: bool = True, rule: str = "binary") -> Task:
 
 
 def _checked(file: str, name: str, function: Callable, *arguments: Any) -> Any:
-    """function(*arguments), one of those of a task file."""
+    """function(*arguments); the last argument is what an error names."""
     *reply, subject = arguments
-    where = subject if name == "read" else f"example {shown(subject.id)}"
-    value = _call(f"{where}: {name} of {file} failed", function, *map(without_stop_token, reply), subject)
-    if name == "reward" and not (isinstance(value, Real) and math.isfinite(value)):
-        raise UserError(f"{where}: the reward of {file} is {value!r}; it must be a finite number.")
-    return value
-
-
-def _call(failed: str, function: Callable, *arguments: Any) -> Any:
+    where = f"{file}, {name} of {getattr(subject, 'id', subject)!r}"
     try:
-        return function(*arguments)
+        value = function(*map(without_stop_token, reply), subject)
     except UserError:
         raise
     except Exception:
-        raise UserError(f"{failed}\n{traceback.format_exc()}") from None
+        raise UserError(f"{where} failed:\n{traceback.format_exc()}") from None
+    if name == "reward" and not (isinstance(value, Real) and math.isfinite(value)):
+        raise UserError(f"{where} is {value!r}; it must be a finite number.")
+    return value
