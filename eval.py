@@ -36,6 +36,7 @@ from tooln1.io.files import atomic_write, check_writable
 from tooln1.io.jsonl import parse_json, read_rows, read_text
 from tooln1.model import load_model, model_files, read_config
 from tooln1.prompt import THINK_CLOSE, THINK_OPEN, XLAM_SYSTEM, parse_reply, without_stop_token
+from tooln1.run.kernels import choose_decode
 from tooln1.run.metrics import to_json
 from tooln1.run.task_file import load_task
 from tooln1.sampler.sampler import Sampler
@@ -95,7 +96,7 @@ def ask(options: argparse.Namespace, world: World) -> None:
     if reply.has_think:
         lines.append(f"thought: {text.partition(THINK_OPEN)[2].partition(THINK_CLOSE)[0].strip()}")
     lines += [f"call:    {json.dumps(call, ensure_ascii=False)}" for call in reply.calls or ()]
-    if reply.fault != "none" or fault:
+    if fault or reply.fault not in ("none", "" if options.think else "no_think"):
         lines += [f"fault:   {fault or reply.fault}; the reply as it is:", text]
     if world.is_main:
         print(*lines, sep="\n")
@@ -165,7 +166,9 @@ def load(options: argparse.Namespace, world: World, source: str) -> tuple[Tokeni
     cuda, tokenizer = world.device.type == "cuda", load_tokenizer(source)
     dtype = torch.bfloat16 if cuda else torch.float32  # as in training
     model = load_model(source, dtype, world.device, tokenizer.vocab_size)
-    return tokenizer, Sampler(model, tokenizer.stop_ids, options.rows or (512 if cuda else 64))
+    sampler = Sampler(model, tokenizer.stop_ids, options.rows or (512 if cuda else 64))
+    choose_decode(sampler, "auto", world)
+    return tokenizer, sampler
 
 
 def resume(out: Path, settings: dict, benchmarks: Sequence[LoadedBenchmark]) -> dict:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from tooln1.batch import PackedBatch, pack, plan_microbatches, split_into_miniba
 from tooln1.config import Config, load_config
 from tooln1.data import Example, Rollout
 from tooln1.distributed import World, copy_weights, launch
-from tooln1.grpo import group_advantages, loss_total
+from tooln1.grpo import equal_rewards, group_advantages, loss_total, rows_to_train_on
 from tooln1.io.errors import exit_on_user_error
 from tooln1.io.files import check_writable
 from tooln1.io.model_config import pair_cost
@@ -30,7 +32,7 @@ from tooln1.run.checkpoint import find_checkpoint
 from tooln1.run.faults import save_skipped_batch
 from tooln1.run.lifecycle import evaluate_if_due, finish_step, metrics_of_step, open_run
 from tooln1.run.metrics import Metrics
-from tooln1.run.reply_metrics import add_reply_metrics, add_sampler_gap, add_sampler_stats
+from tooln1.run.reply_metrics import add_reply_metrics, add_sampler_stats
 from tooln1.run.setup import Run, prepare
 from tooln1.sampler.distributed import generate_distributed
 from tooln1.sft import demonstrations
@@ -45,17 +47,16 @@ DEFAULT = Path(__file__).parent / "configs" / "demo.toml"
 def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
     """One GRPO step: sample groups, score them, compare within each group, update the policy. Returns the replies."""
     config = run.config
-    chosen = run.order.take(step, config.prompts_per_step)
-    examples = [run.examples[i] for i in chosen]
-    with metrics.timer("rollout"):
-        rollouts = sample(run, examples, keys=chosen, step=step)
-    with metrics.timer("reward"):
-        replies, rewards, measured = score(run, rollouts, examples, step)
-        groups = torch.tensor([rollout.group for rollout in rollouts])
-        advantages = group_advantages(rewards, groups, config.advantage_eps, config.scale_by_std)
-    minibatches = split_into_minibatches(rollouts, config.prompts_per_minibatch)
+    examples, rollouts, replies, rewards = sample_groups(run, step, metrics)
+    groups = torch.tensor([rollout.group for rollout in rollouts])
+    advantages = group_advantages(rewards, groups, config.advantage_eps, kind=config.advantage)
+    chosen = rows_to_train_on(rewards, groups, config.prompts_per_step * config.group_size)
+    minibatches = split_into_minibatches(rollouts, chosen, config.prompts_per_minibatch, config.mask_truncated)
     with metrics.timer("logprobs"):
-        batches = [log_probs(run, my_batches(run, rollouts, rows, advantages), metrics) for rows in minibatches]
+        batches = [
+            log_probs(run, my_batches(run, rollouts, rows, advantages), metrics, is_first=rows is minibatches[0])
+            for rows in minibatches
+        ]
     with metrics.timer("update"):
         for rows, mini in zip(minibatches, batches, strict=True):
             lengths = [len(rollouts[row].reply) for row in rows]
@@ -63,29 +64,60 @@ def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
             update(run, mini, rollouts, total, step, metrics)
     with metrics.timer("sync"):
         copy_weights(run.policy, run.sampler.model)
-    add_reply_metrics(metrics, rollouts, rewards, measured, run.world.size)
-    add_sampler_stats(metrics, run.sampler.stats)
-    add_sampler_gap(metrics, rollouts, [batch for mini in batches for batch in mini])
-    asked = [examples[rollout.group] for rollout in rollouts]
+    answered = [examples[rollout.group] for rollout in rollouts]
+    add_reply_metrics(metrics, rollouts, rewards, map(run.task.metrics, replies, answered), run.world.size)
     return [
         {"id": example.id, "reward": reward, "reply": reply, "answer": example.answer}
-        for example, reward, reply in zip(asked, rewards.tolist(), replies, strict=True)
+        for example, reward, reply in zip(answered, rewards.tolist(), replies, strict=True)
     ]
 
 
 def sft_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
     """One supervised step: cross-entropy of written replies, on the same packed batches. There are no new replies."""
     config = run.config
-    examples = [run.examples[i] for i in run.order.take(step, config.prompts_per_step)]
+    chosen, run.position = run.order.take(run.position, config.prompts_per_step)
+    examples = [run.examples[i] for i in chosen]
     with metrics.timer("update"):
-        rollouts = demonstrations(examples, run.tokenizer, run.task.messages, config.sft_on_prompt)
-        for rows in split_into_minibatches(rollouts, config.prompts_per_minibatch):
+        rollouts = demonstrations(examples, run.tokenizer, run.task.messages)
+        for rows in split_into_minibatches(rollouts, range(len(rollouts)), config.prompts_per_minibatch):
             total = sum(len(rollouts[row].reply) for row in rows)
             update(run, my_batches(run, rollouts, rows, torch.zeros(len(rollouts))), rollouts, total, step, metrics)
     return []
 
 
 # ------------------------------------------------------------------------------------------------ its parts
+
+
+def sample_groups(
+    run: Run, step: int, metrics: Metrics
+) -> tuple[list[Example], list[Rollout], list[str], torch.Tensor]:
+    """The examples of a step, the replies to them as rollouts and as texts, and their rewards [N].
+
+    dynamic_sampling: in up to so many further rounds, each prompt whose replies all got one reward is made up for by
+    the order's next one (DAPO, arXiv 2503.14476, Sec. 3.2). For data of which the policy solves most always or never;
+    it costs replies.
+    """
+    config, missing = run.config, run.config.prompts_per_step
+    examples, rollouts, replies, rewards = [], [], [], torch.empty(0)
+    for sampling_round in range(1 + config.dynamic_sampling):
+        chosen, run.position = run.order.take(run.position, missing)
+        more = [run.examples[i] for i in chosen]
+        with metrics.timer("rollout"):
+            # A step of two epochs can meet an example again, in another round: with other random numbers, then.
+            sampled = sample(run, more, keys=[i + sampling_round * len(run.examples) for i in chosen], step=step)
+        with metrics.timer("reward"):
+            texts, scores = score(run, sampled, more, step)
+        rollouts += [replace(rollout, group=rollout.group + len(examples)) for rollout in sampled]
+        examples, replies, rewards = examples + more, replies + texts, torch.cat([rewards, scores])
+        add_sampler_stats(metrics, run.sampler.stats)
+        metrics.add("sampling_rounds", "max", sampling_round + 1)
+        metrics.add("prompts_drawn", "max", len(examples))
+        metrics.add("replies_sampled", "max", len(rollouts))
+        equal = equal_rewards(scores, torch.tensor([rollout.group for rollout in sampled]))
+        missing = int(equal.sum()) // config.group_size
+        if not missing:
+            break
+    return examples, rollouts, replies, rewards
 
 
 def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> list[Rollout]:
@@ -112,32 +144,29 @@ def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> lis
         )
 
 
-def score(
-    run: Run, rollouts: list[Rollout], examples: list[Example], step: int
-) -> tuple[list[str], torch.Tensor, list[dict[str, float]]]:
-    """Of each reply its text, special tokens kept, its reward [N], shuffled in the control, and the task's metrics.
+def score(run: Run, rollouts: list[Rollout], examples: list[Example], step: int) -> tuple[list[str], torch.Tensor]:
+    """The text of each reply, special tokens kept, and its reward [N]; shuffled over the batch in the control.
 
-    Each rank scores a part of them, because a task's reward may be slow, or differ from call to call.
+    Each rank scores a part of them: a task's reward may be slow, and may differ from call to call.
     """
-    task, world = run.task, run.world
+    world = run.world
     replies = [run.tokenizer.decode(rollout.reply) for rollout in rollouts]
-    pairs = [(reply, examples[rollout.group]) for reply, rollout in zip(replies, rollouts, strict=True)]
-    mine = pairs[len(pairs) * world.rank // world.size : len(pairs) * (world.rank + 1) // world.size]
-    scored = world.run_on_all_ranks(lambda: [(task.reward(*pair), task.metrics(*pair)) for pair in mine], "scoring")
-    scored = world.gather(scored)
-    rewards = torch.tensor([reward for reward, _ in scored], dtype=torch.float32)
+    mine = range(len(rollouts) * world.rank // world.size, len(rollouts) * (world.rank + 1) // world.size)
+    work = partial(list, (run.task.reward(replies[i], examples[rollouts[i].group]) for i in mine))
+    rewards = torch.tensor(world.gather(world.run_on_all_ranks(work, "scoring")), dtype=torch.float32)
     if run.config.shuffle_rewards:
         generator = torch.Generator().manual_seed(1_000_003 * run.config.seed + step)
         rewards = rewards[torch.randperm(len(rewards), generator=generator)]
-    return replies, rewards, [measured for _, measured in scored]
+    return replies, rewards
 
 
-def log_probs(run: Run, batches: list[PackedBatch], metrics: Metrics) -> list[PackedBatch]:
-    """The batches with the log-probs of the policy before the update, and of the reference."""
+def log_probs(run: Run, batches: list[PackedBatch], metrics: Metrics, is_first: bool) -> list[PackedBatch]:
+    """The batches with the log-probs of the reference and, where they are not the update's own, of the policy."""
     config = run.config
+    policy = None if is_first or config.old_logprobs == "sampler" else run.policy
     metrics.add_tokens("logprobs", sum(len(batch.tokens) for batch in batches))
     batches, sums = add_logprobs(
-        batches, run.policy, run.reference, config.temperature, config.logprob_chunk_tokens, run.stop_request.check
+        batches, policy, run.reference, config.temperature, config.logprob_chunk_tokens, run.stop_request.check
     )
     metrics.add_means(sums)
     return batches
@@ -168,14 +197,15 @@ def update(
 def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantages: torch.Tensor) -> list[PackedBatch]:
     """This rank's micro-batches of the mini-batch `rows`; every rank makes the same plan and takes its share."""
     config = run.config
-    only_policy_term = config.mode == "rl" and not (config.kl_coef or config.entropy_coef)
+    only_policy_term = config.mode == "rl" and config.kl == "off" and not config.entropy_coef
     if only_policy_term and config.loss_aggregation != "microbatch_token_mean":
         # An advantage of 0 leaves nothing to learn (groups with equal rewards); the loss's total still counts it.
         rows = [row for row in rows if advantages[row] != 0]
     shares = plan_microbatches(
         rollouts, rows, config.tokens_per_microbatch, run.world.size, pair_cost(run.policy.config)
     )
-    return [pack(rollouts, share, advantages, run.world.device) for share in shares[run.world.rank]]
+    mine = shares[run.world.rank]
+    return [pack(rollouts, share, advantages, run.world.device, run.update_attention) for share in mine]
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -199,13 +229,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--task", default="")  # no setting, which a preset could give: the file is run as code
     options, argv = parser.parse_known_args()
-    config, task = load_config(argv, DEFAULT), options.task
+    config = load_config(argv, DEFAULT)
     with launch(config.device, config.collective_timeout) as world:
         if config.check:
             check_writable(config.run_dir, "run_dir")
-            prepare(config, world, find_checkpoint(Path(config.run_dir), config.resume, world), task)
+            prepare(config, world, find_checkpoint(Path(config.run_dir), config.resume, world), options.task)
         else:
-            train(config, world, task)
+            train(config, world, options.task)
 
 
 if __name__ == "__main__":

@@ -21,23 +21,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from shapes import qwen2
 
 from tooln1.distributed import launch, shard
-from tooln1.io.model_config import parse_config
 from tooln1.model import random_model
 from tooln1.run.checkpoint import load_checkpoint, save_checkpoint
-
-SHAPE = {
-    "model_type": "qwen2",
-    "vocab_size": 32768,
-    "hidden_size": 640,
-    "intermediate_size": 2560,
-    "num_attention_heads": 10,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4,
-    "tie_word_embeddings": True,
-}
 
 
 def plain_write(file: Path, count: int) -> None:
@@ -73,7 +61,7 @@ def main() -> None:
 
     with launch("auto") as world:
         folder = Path(world.broadcast(tempfile.mkdtemp(dir=options.folder) if world.is_main else ""))
-        model = random_model(parse_config(SHAPE | {"num_hidden_layers": options.layers}), 0, device=world.device)
+        model = random_model(qwen2(640, options.layers, 10, 2, 2560, 32768, True), 0, device=world.device)
         size = 12 * sum(parameter.numel() for parameter in model.parameters())
         policy = shard(model, world)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +19,9 @@ from tooln1.io.model_config import ModelConfig, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "assets" / "demo" / "model"
+DISTURBED = 0.05  # of a turn's wall-clock time: more waiting for a core than this, and the turn says little
+
+T = TypeVar("T")
 
 
 def qwen2(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, vocab: int, tied: bool) -> ModelConfig:
@@ -73,12 +79,9 @@ def machine() -> str:
     """The name of the GPU, or of the processor and its threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall("model name.*: (.*)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else []
+    name = names[0] if names else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
 
 
@@ -90,14 +93,18 @@ def timed(seconds: dict[str, float], phase: str, work: Callable, *args, **kwargs
     return result
 
 
+def synchronize() -> None:
+    """Wait until the GPU, if there is one, has finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def seconds_of(work: Callable[[], object]) -> float:
     """Wall-clock of one call, on CUDA until the device has finished."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize()
     start = time.perf_counter()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - start
 
 
@@ -105,6 +112,33 @@ def median_seconds(work: Callable[[], object], repeats: int = 3) -> float:
     """Median of several calls, after one that warms up."""
     work()
     return statistics.median(seconds_of(work) for _ in range(repeats))
+
+
+def run_queue_seconds() -> float:
+    """What this process's threads have waited for a core so far, added up; 0 on a system that does not tell."""
+    waited = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            waited += int(file.read_text(encoding="ascii").split()[1])
+    return waited / 1e9
+
+
+def quiet_turns(work: Callable[[int], T], count: int) -> tuple[list[T], list[float]]:
+    """`work(turn)` of the turns whose threads hardly waited for a core, and what share of its time each turn waited.
+
+    The other turns are named and left out; if that is all of them, they are kept, and that is said.
+    """
+    results, shares = [], []
+    for turn in range(count):
+        start, waited = time.perf_counter(), run_queue_seconds()
+        results.append(work(turn))
+        shares.append((run_queue_seconds() - waited) / (time.perf_counter() - start))
+        if shares[-1] > DISTURBED:
+            print(f"turn {turn + 1} was disturbed: its threads waited {shares[-1]:.0%} of the time for a core")
+    quiet = [result for result, share in zip(results, shares, strict=True) if share <= DISTURBED]
+    if not quiet:
+        print("all turns were disturbed: the figures are of disturbed turns")
+    return quiet or results, shares
 
 
 def print_table(rows: list[tuple]) -> None:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from shapes import DEMO, lognormal_lengths, machine, print_table, random_prompts, timed
+from shapes import DEMO, lognormal_lengths, machine, print_table, quiet_turns, random_prompts, timed
 from torch import Tensor
 
 from tooln1.batch import PackedBatch, pack, pad_to_rows, plan_microbatches, split_into_minibatches
@@ -90,19 +90,21 @@ class Ours:
         """The replies, each as long as the workload says."""
         return self.sampler.generate(self.work.prompts, GROUP, TEMPERATURE, self.work.lengths, step=step)
 
-    def batches(self, rollouts: list[Rollout], rows: list[int], budget: int) -> list[PackedBatch]:
-        """The micro-batches of a mini-batch, with advantages, old and reference log-probs."""
+    def batches(self, rollouts: list[Rollout], rows: list[int], budget: int, first: bool = False) -> list[PackedBatch]:
+        """The micro-batches of a mini-batch, with advantages, reference and, but of the first one, old log-probs."""
         advantages = group_advantages(self.work.rewards, torch.tensor([rollout.group for rollout in rollouts]))
         packed = [pack(rollouts, share, advantages) for share in plan_microbatches(rollouts, rows, budget, 1)[0]]
-        return add_logprobs(packed, self.policy, self.reference, TEMPERATURE, CHUNK)[0]
+        return add_logprobs(packed, None if first else self.policy, self.reference, TEMPERATURE, CHUNK)[0]
 
     def step(self, number: int) -> dict[str, float]:
         """One whole step; its seconds by phase."""
         seconds = dict.fromkeys(PHASES, 0.0)
         rollouts = timed(seconds, "rollout", self.sample, number)
         assert [len(rollout.reply) for rollout in rollouts] == self.work.lengths
-        shares = split_into_minibatches(rollouts, len(self.work.prompts) // UPDATES)
-        minibatches = [timed(seconds, "logprobs", self.batches, rollouts, rows, self.budget) for rows in shares]
+        shares = split_into_minibatches(rollouts, range(len(rollouts)), len(self.work.prompts) // UPDATES)
+        minibatches = [
+            timed(seconds, "logprobs", self.batches, rollouts, rows, self.budget, rows is shares[0]) for rows in shares
+        ]
         for batches in minibatches:
             total = sum(len(batch.targets) for batch in batches)
             timed(seconds, "update", optimizer_step, self.policy, self.optimizer, batches, self.loss, total, 1.0, RATE)
@@ -198,7 +200,7 @@ def recorded(ours: Ours) -> tuple[list[Rollout], list[PackedBatch]]:
     """Rollouts; and micro-batches of a mini-batch, with noise on old and reference log-probs: ratios away from 1."""
     torch.manual_seed(0)
     work, rollouts = ours.work, ours.sample(step=0)
-    rows = split_into_minibatches(rollouts, len(work.prompts) // UPDATES)[0]
+    rows = split_into_minibatches(rollouts, range(len(rollouts)), len(work.prompts) // UPDATES)[0]
     batches = ours.batches(rollouts, rows, budget=max(map(len, work.prompts)) + 2 * max(work.lengths))
     assert len(batches) > 1, "a single micro-batch would not show a wrong denominator"
     for i, batch in enumerate(batches):
@@ -268,7 +270,7 @@ def check(ours: Ours, peer: Peer) -> list[dict]:
 
 
 def race(work: Workload, ours: Ours, folder: str, sizes: list[int], repeats: int) -> dict:
-    """Seconds of a step by phase, medians, in turns with the peer; `sizes` are the micro-batches that it may use."""
+    """Seconds of a step by phase, medians of undisturbed turns; `sizes`: micro-batches that the peer may use."""
     ours.step(0)
     peers = {size: Peer(work, folder, size) for size in sizes if trl}
     tried, replies = {}, None  # the micro-batch does not touch the sampling, so they are tried on the same replies
@@ -276,10 +278,14 @@ def race(work: Workload, ours: Ours, folder: str, sizes: list[int], repeats: int
         seconds = peer.step(replies)
         tried[size], replies = seconds["step"] - seconds["rollout"], peer.replies
     best = min(tried, key=tried.get, default=None)
-    turns = [(ours.step(1 + turn), peers[best].step() if trl else {}) for turn in range(repeats)]
+
+    def both(turn: int) -> tuple[dict[str, float], dict[str, float]]:
+        return ours.step(1 + turn), peers[best].step() if trl else {}
+
+    turns, waited = quiet_turns(both, repeats)
     sides = zip(*turns, strict=True)
     own, other = ({phase: statistics.median(run[phase] for run in side) for phase in side[0]} for side in sides)
-    result, rows = {"seconds": own}, [("seconds", *own), ("ours", *own.values())]
+    result, rows = {"seconds": own, "waited": waited}, [("seconds", *own), ("ours", *own.values())]
     if trl:
         ratios = [theirs["step"] / mine["step"] for mine, theirs in turns]
         result |= {"trl_seconds": other, "ratio": statistics.median(ratios), "ratios": ratios}

@@ -35,4 +35,4 @@ def reference(path: str) -> Path:
 
 
 # The reference models of the families that model.py knows.
-MODELS = sorted(path.name for path in reference("models/dev").iterdir() if not path.name.startswith("qwen3"))
+MODELS = sorted(path.name for path in reference("models/dev").iterdir())

@@ -49,7 +49,7 @@ def names(folder):
 def test_a_resumed_run_takes_the_same_next_step(tmp_path):
     model, optimizer = trained()
     path = save_checkpoint(tmp_path, 7, model, optimizer, WORLD, {"config": {"seed": 3}, "bad_steps": 1})
-    assert names(tmp_path) == ["latest", "step-000007"] and (tmp_path / "latest").read_text() == "step-000007\n"
+    assert names(tmp_path) == ["step-000007"]
     assert names(path) == ["index.json", EMBEDDING, BLOCK_0, BLOCK_1, NORM]
     want = one_more(model, optimizer)
     other, other_optimizer = trained(steps=1, seed=9)
@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, failing):
     with pytest.raises(UserError, match="step-000002 could not be written: No space left on device"):
         save(tmp_path, 2)
     assert find_checkpoint(tmp_path, "auto", WORLD).step == 1
-    assert names(tmp_path / "checkpoints") == ["latest", "step-000001"]
+    assert names(tmp_path / "checkpoints") == ["step-000001"]
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
@@ -144,7 +144,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch
     save(tmp_path, 1)
     renamed = done.index("-> step-000001")
     assert {EMBEDDING, BLOCK_0, BLOCK_1, NORM, "-> index.json", ".step-000001.tmp"} <= set(done[:renamed])
-    assert done[renamed + 1] == "checkpoints" and done[-2:] == ["-> latest", "checkpoints"]
+    assert done[renamed + 1] == done[-1] == "checkpoints"
 
 
 def test_a_run_directory_is_locked_and_cleared_of_what_a_kill_left(tmp_path, capsys):
@@ -153,17 +153,16 @@ def test_a_run_directory_is_locked_and_cleared_of_what_a_kill_left(tmp_path, cap
     for left in (".step-000002.tmp", ".step-000000.removed.tmp", ".notes.tmp"):  # the last is not ours
         (folder / left).mkdir()
     with claimed(tmp_path, WORLD):
-        assert names(folder) == [".notes.tmp", "latest", "step-000001"]
+        assert names(folder) == [".notes.tmp", "step-000001"]
         assert "removed .step-000002.tmp, which a killed process left unfinished" in capsys.readouterr().out
         with pytest.raises(UserError, match="another process is writing there"), claimed(tmp_path, WORLD):
             pass
-    with claimed(tmp_path, WORLD), claimed(tmp_path / "new", WORLD):
+    with claimed(tmp_path, WORLD):
         assert find_checkpoint(tmp_path, "auto", WORLD).step == 1
-    assert not (tmp_path / "new").exists()  # nothing was written there
 
 
 def test_later_ones_are_set_aside(tmp_path):
     folder = save(tmp_path, 1, 2, 3).parent
     moved = module.set_aside(folder, 1)
     assert [name[:21] for name in moved] == ["step-000003.set-aside", "step-000002.set-aside"]
-    assert names(folder) == ["latest", "step-000001", *sorted(moved)]
+    assert names(folder) == ["step-000001", *sorted(moved)]

@@ -12,9 +12,10 @@ from tooln1.sampler.distributed import balance_by_cost
 MODEL = reference("models/dev/qwen1p5b_12x2_tied_bf16_sharded")
 
 
-def test_two_processes_and_a_resume_give_what_one_process_gives(tmp_path):
+@pytest.mark.parametrize("changes", [{}, pytest.param(tiny.QWEN3, marks=pytest.mark.slow)], ids=["qwen2", "qwen3"])
+def test_two_processes_and_a_resume_give_what_one_process_gives(tmp_path, changes):
     """The same replies, then the same metrics up to rounding."""
-    tiny.write_model(tmp_path)
+    tiny.write_model(tmp_path, **changes)
     tiny.write_data(tmp_path)
     one, two = tiny.run(tmp_path, "one"), tmp_path / "two"
     preset = tiny.write_preset(tmp_path, "two")

@@ -49,6 +49,7 @@ TABLE = [
     ("train", "--steps many", "--steps many"),
     ("train", "--steps", "--steps"),
     ("train", "--kl-coef nan", "kl_coef nan"),
+    ("train", "--old-logprobs sampler --sampler-correction truncated", "sampler_correction truncated old_logprobs"),
     ("train", "--group-size 0", "group_size 0"),
     ("train", "--think maybe", "think maybe"),
     ("train", "--reward binry", "reward binry binary"),

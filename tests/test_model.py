@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tooln1.io.weights import weight_files
 from tooln1.model import Transformer, load_model, save_model, sequence_logits
 
 ATOL = 5e-5
+QWEN3 = "qwen3_4x2_tied_bf16"
 
 
 def expected(name):
@@ -59,7 +61,7 @@ def test_packed_rows_equal_transformers_padded_ones(name, side):
     torch.testing.assert_close(hidden @ model.head.T, want[f"ragged_{side}.logits"][mask], atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["qwen1p5b_12x2_tied_bf16_sharded", "llama31_orig64_untied_fp32"])
+@pytest.mark.parametrize("name", ["qwen1p5b_12x2_tied_bf16_sharded", "llama31_orig64_untied_fp32", QWEN3])
 def test_saved_directory_loads_back_equal(name, tmp_path):
     model = load_model(reference(f"models/dev/{name}"))
     save_model(model, tmp_path / "out")
@@ -68,7 +70,9 @@ def test_saved_directory_loads_back_equal(name, tmp_path):
         assert torch.equal(tensor, again.state_dict()[key]), key
     assert (tmp_path / "out" / "generation_config.json").exists()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["torch_dtype"] == "float32"
+    assert config["torch_dtype"] == "float32" and config.get("head_dim") == model.config.raw.get("head_dim")
+    names = load_file(tmp_path / "out" / "model.safetensors")
+    assert ("model.layers.1.self_attn.q_norm.weight" in names) == (name == QWEN3)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing half-written beside it
     save_model(model, tmp_path / "out", torch.bfloat16)  # over the old one
     assert load_model(tmp_path / "out", torch.bfloat16).head.dtype == torch.bfloat16
@@ -85,11 +89,12 @@ def test_large_weights_are_sharded(tmp_path, monkeypatch):
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
 
 
-def test_both_config_styles_mean_the_same():
-    old = tiny_config()
+@pytest.mark.parametrize("name", ["qwen_mha_tied_fp32", QWEN3])
+def test_both_config_styles_mean_the_same(name):
+    old = json.loads((reference(f"models/dev/{name}") / "config.json").read_text())
     new = {key: value for key, value in old.items() if key not in ("rope_theta", "torch_dtype")}
     new |= {"rope_parameters": {"rope_type": "default", "rope_theta": old["rope_theta"]}, "dtype": "float32"}
-    assert parse_config(old).rope_theta == parse_config(new).rope_theta
+    assert replace(parse_config(new), raw=old) == parse_config(old)
     llama = json.loads((reference("models/dev/llama31_orig64_untied_fp32") / "config.json").read_text())
     scaling = {**llama.pop("rope_scaling"), "rope_theta": llama.pop("rope_theta")}
     assert parse_config({**llama, "rope_parameters": scaling}).rope_scaling.factor == 8.0
@@ -100,6 +105,9 @@ def test_both_config_styles_mean_the_same():
     [
         ({"rope_theta": None}, "'rope_theta' is missing"),
         ({"model_type": "mistral"}, "model_type 'mistral'"),
+        ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' is not supported; .* dense Qwen3"),
+        ({"model_type": "qwen3_5", "text_config": {}}, "model_type 'qwen3_5' is not supported; .* dense Qwen3"),
+        ({"model_type": "qwen3", "attention_bias": True}, "qwen3 with biases"),
         ({"use_sliding_window": True}, "sliding-window"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE type 'yarn'"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
@@ -163,6 +171,25 @@ def test_published_configs_give_the_published_parameters(name):
     with torch.device("meta"):
         ours = {key: list(value.shape) for key, value in Transformer(config).named_parameters()}
     assert ours == manifest["shapes"]
+
+
+# Published config.json and parameter counts: hidden, MLP, layers, query heads, key heads, tied, parameters.
+QWEN3_SIZES = {
+    "0.6B": (1024, 3072, 28, 16, 8, True, 596_049_920),
+    "4B": (2560, 9728, 36, 32, 8, True, 4_022_468_096),
+    "8B": (4096, 12288, 36, 32, 8, False, 8_190_735_360),
+    "32B": (5120, 25600, 64, 64, 8, False, 32_762_123_264),
+}
+
+
+@pytest.mark.parametrize("size", QWEN3_SIZES)
+def test_published_qwen3_sizes_give_the_published_counts(size):
+    *sizes, tied, parameters = QWEN3_SIZES[size]
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    raw = {"model_type": "qwen3", "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": tied}
+    config = parse_config(tiny_config(**raw, **dict(zip(names, sizes, strict=True))))
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Transformer(config).parameters()) == config.num_parameters == parameters
 
 
 # ---- files that are not to be trusted

@@ -187,6 +187,37 @@ def test_templates_reach_nothing_of_python(tmp_path, name):
         assert word not in text
 
 
+# What Qwen3's template is made of: it searches the last user turn from the end, and keeps thoughts only after it.
+QWEN3_STYLE = """{%- set ns = namespace(last=-1) %}
+{%- for m in messages[::-1] %}
+    {%- if ns.last < 0 and m.role == "user" and not m.content.startswith("<tool_response>") %}
+        {%- set ns.last = messages|length - 1 - loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for m in messages %}
+    {%- set thought, content = "", m.content %}
+    {%- if m.reasoning_content is string %}
+        {%- set thought = m.reasoning_content %}
+    {%- elif "</think>" in content %}
+        {%- set thought = content.split("</think>")[0].rstrip("\\n").split("<think>")[-1].lstrip("\\n") %}
+        {%- set content = content.split("</think>")[-1].lstrip("\\n") %}
+    {%- endif %}
+    {{- "[" + m.role + (" thinks " + thought if loop.index0 > ns.last and thought else "") + "]" + content }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- "[assistant]" }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- "<think></think>" }}{%- endif %}
+{%- endif %}"""
+
+
+def test_the_constructs_of_qwen3s_template_render(tmp_path):
+    tokenizer = load_tokenizer(make_directory(tmp_path, QWEN3_STYLE))
+    turns = ["a", "<think>\nx\n</think>\n\nb", "c", "<think>y</think>d", "<tool_response>e"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    text = tokenizer.render(messages, add_generation_prompt=True)
+    assert text == "[user]a[assistant]b[user]c[assistant thinks y]d[user]<tool_response>e[assistant]"
+
+
 def test_which_template_is_used(tmp_path):
     listed = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
     tokenizer = load_tokenizer(make_directory(tmp_path, config={"chat_template": listed}))

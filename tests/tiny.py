@@ -46,6 +46,7 @@ CONFIG = {
     "use_sliding_window": False,
     "max_position_embeddings": 4096,
 }
+QWEN3 = {"model_type": "qwen3", "head_dim": 16}  # changes of CONFIG: more query width than hidden width
 
 
 def write_model(folder: Path, seed: int = 0, **changes) -> Path:

@@ -14,7 +14,7 @@ What a reply may look at is decided by `attention.packed_attention(segments)`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,17 +37,23 @@ class PackedBatch:
     lengths: tuple[int, ...]  # [R] reply tokens of each reply; they sum to N
     rows: tuple[int, ...]  # [R] index of each reply's rollout in the step
     advantages: Tensor  # [R] float32
-    old_logprobs: Tensor | None = None  # [N] float32, under the policy as it sampled
+    attention: str  # the kernel of `attention.packed_attention`
+    sampler_logprobs: Tensor  # [N] float32, as the sampler computed them
+    old_logprobs: Tensor | None = None  # [N] float32, under the policy as it sampled; None: it is still the same
     ref_logprobs: Tensor | None = None  # [N] float32, under the frozen initial model
 
 
 def pack(
-    rollouts: Sequence[Rollout], rows: Sequence[int], advantages: Tensor, device: torch.device | str = "cpu"
+    rollouts: Sequence[Rollout],
+    rows: Sequence[int],
+    advantages: Tensor,
+    device: torch.device | str = "cpu",
+    attention: str = "auto",
 ) -> PackedBatch:
     """The rollouts `rows` (indices into `rollouts` and `advantages` [len(rollouts)]) as one stream.
 
-    Consecutive rows of one group share their prompt. No rows give a stream of one token without a reply: a rank without
-    work runs it, so that all ranks run the same collectives.
+    attention: the `kernel` of `packed_attention`. Consecutive rows of one group share their prompt. No rows give a
+    stream of one token without a reply: a rank without work runs it, so that all ranks run the same collectives.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -76,11 +82,13 @@ def pack(
         tokens=int64(tokens),
         positions=int64(positions),
         segments=tuple(segments),
+        attention=attention,
         predictors=int64(predictors),
         targets=int64(targets),
         lengths=tuple(len(rollouts[row].reply) for row in rows),
         rows=tuple(rows),
         advantages=advantages[list(rows)].to(device, torch.float32),
+        sampler_logprobs=torch.tensor([x for row in rows for x in rollouts[row].logprobs], device=device),
     )
 
 
@@ -104,13 +112,22 @@ def pad_to_rows(values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]
     return padded, torch.arange(padded.shape[1], device=values.device) < sizes[:, None]
 
 
-def split_into_minibatches(rollouts: Sequence[Rollout], prompts: int) -> list[list[int]]:
-    """The indices of the rollouts of each mini-batch: `prompts` whole groups each, in order."""
+def split_into_minibatches(
+    rollouts: Sequence[Rollout], rows: Iterable[int], prompts: int, mask_truncated: bool = False
+) -> list[list[int]]:
+    """`rows`, indices of rollouts, by mini-batch: `prompts` whole groups each, in order.
+
+    mask_truncated: replies that were cut off are left out, and so count neither in the loss nor in its denominator:
+    their reward says nothing of how they would have ended (DAPO's overlong filtering, arXiv 2503.14476, Sec. 3.4). For
+    a max_reply_tokens that good replies reach; otherwise being cut off is a fault that training should mend.
+    """
     groups: dict[int, list[int]] = {}
-    for row, rollout in enumerate(rollouts):
-        groups.setdefault(rollout.group, []).append(row)
-    rows = list(groups.values())
-    return [sum(rows[start : start + prompts], []) for start in range(0, len(rows), prompts)]
+    for row in rows:
+        members = groups.setdefault(rollouts[row].group, [])
+        if rollouts[row].finished or not mask_truncated:
+            members.append(row)
+    kept = list(groups.values())
+    return [sum(kept[start : start + prompts], []) for start in range(0, len(kept), prompts)]
 
 
 def plan_microbatches(

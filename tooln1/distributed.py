@@ -169,11 +169,16 @@ def _stores(rank: int, timeout: timedelta) -> tuple[dist.Store | None, dist.Stor
 
 
 def _device(name: str) -> torch.device:
-    """The device of this process, from "auto", "cpu" or "cuda"; raises UserError where it is not available."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    """The device of this process, from "auto", "cpu" or "cuda"; raises UserError where it is not available.
+
+    A GPU that torch cannot use is an error with "auto", too: days of training would run on the CPU.
+    """
+    available = torch.cuda.is_available()
+    if name == "cpu" or (name == "auto" and not available and not os.path.exists("/dev/nvidiactl")):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("device = 'cuda', but torch finds no GPU; use --device cpu, or install a CUDA build of torch.")
+    if not available:
+        why = f"no driver for CUDA {torch.version.cuda}, or none visible" if torch.version.cuda else "it is a CPU build"
+        raise UserError(f"device = {name!r}, but torch finds no GPU ({why}); mend that, or use --device cpu.")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device

@@ -1,4 +1,4 @@
-"""Qwen2.5 (and LLaMA 3) by hand: decoder, loading and Hugging Face export.
+"""Qwen2.5, Qwen3 (dense) and LLaMA 3 by hand: decoder, loading and Hugging Face export.
 
 The model knows nothing of caches, packing or sharding. It is called on a flat stream of tokens and is handed the
 attention to use: `model(tokens, positions, attend)`. The stream may be one prompt, forty packed sequences, or one new
@@ -90,11 +90,13 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [T, H, D], k and v [T, K, D] of x [T, C], rotated."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+        """q [T, H, D], k and v [T, K, D] of x [T, C], q and k normalised per head (Qwen3), then rotated."""
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         return apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin), v
 

@@ -21,12 +21,9 @@ def target_text(example: Example) -> str:
 
 
 def demonstrations(
-    examples: Sequence[Example], tokenizer: Tokenizer, messages: Callable[[Example], list[dict]], on_prompt: bool
+    examples: Sequence[Example], tokenizer: Tokenizer, messages: Callable[[Example], list[dict]]
 ) -> list[Rollout]:
-    """The examples as rollouts to imitate, each a group of its own. messages: gives the prompt of an example.
-
-    With `on_prompt` the loss covers the prompt as well: everything behind the first token counts as the reply.
-    """
+    """The examples as rollouts to imitate, each a group of its own. messages: gives the prompt of an example."""
     rollouts = []
     for group, example in enumerate(examples):
         asked = messages(example)
@@ -34,8 +31,6 @@ def demonstrations(
             prompt, target = _tokens(asked, target_text(example), tokenizer)
         except UserError as error:
             raise UserError(f"example {shown(example.id)}: {error}") from error
-        if on_prompt:
-            prompt, target = prompt[:1], [*prompt[1:], *target]
         rollouts.append(Rollout(group, 0, prompt, target, [0.0] * len(target), True))
     return rollouts
 

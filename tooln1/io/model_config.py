@@ -35,6 +35,7 @@ class ModelConfig:
     rope_scaling: Llama3Scaling | None
     tie_word_embeddings: bool
     qkv_bias: bool
+    qk_norm: bool
     initializer_range: float
     raw: dict[str, Any]
 
@@ -43,7 +44,7 @@ class ModelConfig:
         """Parameters in all, a tied embedding counted once."""
         queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         layer = self.hidden_size * (2 * queries + 2 * keys + 3 * self.intermediate_size + 2)
-        layer += (queries + 2 * keys) * self.qkv_bias
+        layer += (queries + 2 * keys) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return tables + self.num_hidden_layers * layer + self.hidden_size
 
@@ -71,6 +72,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
         rope_scaling=_llama3_scaling(scaling, where) if rope_type == "llama3" else None,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
         qkv_bias=raw["model_type"] == "qwen2",
+        qk_norm=raw["model_type"] == "qwen3",
         initializer_range=_number(given, "initializer_range", float, where),
         raw=raw,
     )
@@ -91,18 +93,18 @@ def _number(raw: dict[str, Any], key: str, kind: type[int] | type[float], where:
 
 def _refuse_unsupported(raw: dict[str, Any], rope_type: Any, where: str) -> None:
     """Raise UserError for another architecture, sliding windows, an unknown RoPE, quantised weights, other biases."""
-    model_type, llama = raw.get("model_type"), raw.get("model_type") == "llama"
+    model_type, biases = raw.get("model_type"), raw.get("attention_bias") or raw.get("mlp_bias")
     for wrong, what in (
-        (model_type not in ("qwen2", "llama"), f"model_type {shown(str(model_type))}"),
+        (model_type not in ("qwen2", "qwen3", "llama"), f"model_type {shown(str(model_type))}"),
         (raw.get("quantization_config"), "a quantised checkpoint (quantization_config)"),
         (raw.get("hidden_act", "silu") != "silu", f"hidden_act {shown(str(raw.get('hidden_act')))}"),
         (raw.get("use_sliding_window"), "sliding-window attention (use_sliding_window)"),
         ("sliding_attention" in (raw.get("layer_types") or []), "sliding-window attention (layer_types)"),
-        (llama and (raw.get("attention_bias") or raw.get("mlp_bias")), "a LLaMA with biases"),
+        (model_type != "qwen2" and biases, f"{model_type} with biases (attention_bias, mlp_bias)"),
         (rope_type not in ("default", "llama3"), f"RoPE type {shown(str(rope_type))}"),
     ):
         if wrong:
-            raise UserError(f"{where}: {what} is not supported; Qwen2, Qwen2.5 and LLaMA 3 checkpoints are.")
+            raise UserError(f"{where}: {what} is not supported; Qwen2.5, dense Qwen3 and LLaMA 3 checkpoints are.")
 
 
 def _llama3_scaling(scaling: dict[str, Any], where: str) -> Llama3Scaling:

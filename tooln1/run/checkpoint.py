@@ -1,6 +1,5 @@
 """Checkpoints, written with torch.distributed.checkpoint, and the run directory that holds them.
 
-    checkpoints/latest           name of the newest one, written last
     checkpoints/step-000020/
         index.json               format, step, Adam's step, number of ranks, notes, size of each file
         shard-00001-model-*      rank 0's rows of "model/NAME", "exp_avg/NAME" and "exp_avg_sq/NAME" (fp32), by block
@@ -30,7 +29,7 @@ from tooln1.io.errors import UserError
 from tooln1.io.files import atomic_write, check_writable, put_in_place, remove_temporaries
 from tooln1.model import Transformer
 
-CHECKPOINTS, LATEST, INDEX = "checkpoints", "latest", "index.json"
+CHECKPOINTS, INDEX = "checkpoints", "index.json"
 FORMAT = 2  # 1 was a layout of our own, which torch.distributed.checkpoint cannot read
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -66,7 +65,6 @@ def save_checkpoint(
         with atomic_write(partial / INDEX) as file:
             json.dump(index | {"files": dict(files)}, file)
         put_in_place(partial, final)
-        _write_latest(final)
 
     try:
         files = world.gather(world.run_on_all_ranks(write, what))
@@ -135,11 +133,6 @@ def _as_user_error(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {getattr(cause, 'strerror', None) or repr(cause)}.") from error
 
 
-def _write_latest(checkpoint: Path) -> None:
-    with atomic_write(checkpoint.parent / LATEST) as file:
-        file.write(checkpoint.name + "\n")
-
-
 def complete_checkpoints(directory: Path) -> dict[int, Path]:
     """Step -> checkpoint, oldest first, going by the names in `directory`; `read_checkpoint` looks at the files."""
     steps = {path.name.removeprefix("step-"): path for path in directory.glob("step-*")}
@@ -158,10 +151,7 @@ def set_aside(directory: Path, after: int) -> list[str]:
     """Rename the checkpoints of later steps than `after`, which a run that resumes from there will write anew."""
     # The latest first: a kill in between leaves the old run with fewer checkpoints, never with a gap.
     later = [path for step, path in reversed(complete_checkpoints(directory).items()) if step > after]
-    renamed = [path.rename(f"{path}.set-aside-{time.strftime('%Y%m%d-%H%M%S')}").name for path in later]
-    if renamed and (left := complete_checkpoints(directory)):
-        _write_latest(left[max(left)])
-    return renamed
+    return [path.rename(f"{path}.set-aside-{time.strftime('%Y%m%d-%H%M%S')}").name for path in later]
 
 
 def find_checkpoint(run_dir: Path, resume: str, world: World) -> Checkpoint | None:
@@ -210,8 +200,6 @@ def claimed(run_dir: Path, world: World) -> Iterator[None]:
     Raises UserError on all ranks where rank 0 cannot write to it, another process holds it, or a rank does not see it.
     """
 
-    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
-
     def prepare() -> int:
         check_writable(run_dir, "run_dir")
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -222,7 +210,7 @@ def claimed(run_dir: Path, world: World) -> Iterator[None]:
             if isinstance(error, BlockingIOError):  # else it is a network file system without locks
                 raise UserError(f"{run_dir}: another process is writing there; wait for it, or end it.") from None
         written = remove_temporaries(run_dir, ("config.toml", "metrics.jsonl", "rollouts.jsonl", "hf"))
-        for name in written + remove_temporaries(run_dir / CHECKPOINTS, (LATEST, "step-*")):
+        for name in written + remove_temporaries(run_dir / CHECKPOINTS, ("step-*",)):
             print(f"removed {name}, which a killed process left unfinished")
         return lock
 
@@ -234,5 +222,4 @@ def claimed(run_dir: Path, world: World) -> Iterator[None]:
         if world.is_main:
             os.close(lock)
             with suppress(OSError):  # it is not empty: the run has begun
-                for folder in made:
-                    folder.rmdir()
+                os.removedirs(run_dir)

@@ -6,7 +6,6 @@ Each check yields findings: an "error" stops the run, a "warning" is printed, "o
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -67,7 +66,7 @@ def check_run(
             *stop_ids(tokenizer, config.vocab_size),
             *template(tokenizer, examples, task, settings["mode"] == "sft"),
             *train_eval_overlap(examples, held_out, task),
-            *fits_memory(needed, settings, there, int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+            *fits_memory(needed, settings, there),
             *disk(settings, config.num_parameters),
         ]
         if settings["check"]:
@@ -213,16 +212,15 @@ def train_eval_overlap(train: Sequence[Example], held_out: Sequence[Example], ta
 
 
 def fits_memory(
-    needed: memory.Estimate, settings: Mapping[str, Any], available: Mapping[str, int], local_processes: int
+    needed: memory.Estimate, settings: Mapping[str, Any], available: Mapping[str, int]
 ) -> Iterator[Finding]:
-    """The estimate of a process against the memory of its GPU, and of all processes here against the host's."""
+    """The estimate of a process against the memory of its GPU and its share of the host's."""
     for place, there in available.items():
         if not needed.total(place):
             continue
-        processes = local_processes if place == "host" else 1
-        certain, total = needed.certain(place) * processes, needed.total(place) * processes
+        certain, total = needed.certain(place), needed.total(place)
         sizes = [memory.format_bytes(size) for size in (total, certain, there)]
-        text = "{} needed, {} of it certain; the {place} has {}".format(*sizes, place=place)
+        text = "a process needs {}, {} of it certain; it has {} on the {place}".format(*sizes, place=place)
         if certain > there:
             change = memory.with_values(memory.WEIGHT_SETTINGS, settings)
             yield Finding("error", "memory", f"{text}: change one of {change}, or use more machines.")

@@ -7,15 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tooln1.batch import PackedBatch
 from tooln1.data import Rollout
 from tooln1.io.errors import UserError
 from tooln1.io.files import atomic_write
-from tooln1.run.memory import PASS_SETTINGS, ROLLOUT_SETTINGS, WEIGHT_SETTINGS, with_values
+from tooln1.run.memory import KERNEL_SETTINGS, PASS_SETTINGS, ROLLOUT_SETTINGS, WEIGHT_SETTINGS, with_values
 from tooln1.run.metrics import to_json
 from tooln1.run.setup import Run
 
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "not enough memory", "can't allocate memory")  # CUDA, cuBLAS, CPU
+KERNEL_ERRORS = ("torch._dynamo", "torch._inductor")  # modules of the compiler's errors, which import for a second
 
 
 def save_skipped_batch(run: Run, step: int, batches: Sequence[PackedBatch], rollouts: Sequence[Rollout]) -> None:
@@ -27,7 +30,7 @@ def save_skipped_batch(run: Run, step: int, batches: Sequence[PackedBatch], roll
     number = 1 + len(list(folder.glob(f"step-{step + 1:06d}-*.rank{run.world.rank}.jsonl")))
     with atomic_write(folder / f"step-{step + 1:06d}-{number}.rank{run.world.rank}.jsonl") as file:
         for batch in batches:
-            nothing = [None] * len(batch.rows)  # supervised training has no old log-probs
+            nothing = [None] * len(batch.rows)  # nor have a step's first mini-batch and supervised training
             old = nothing if batch.old_logprobs is None else batch.old_logprobs.split(list(batch.lengths))
             for row, advantage, logprobs in zip(batch.rows, batch.advantages.tolist(), old, strict=True):
                 reply = {
@@ -55,8 +58,10 @@ def explain_oom(settings: Mapping[str, Any]) -> Iterator[Callable[[str], None]]:
     phases = ["loading"]
     try:
         yield phases.append
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            if isinstance(error, torch.AcceleratorError) or type(error).__module__.startswith(KERNEL_ERRORS):
+                error.add_note(f"Plainer kernels may work: {with_values(KERNEL_SETTINGS, settings)}; see --help.")
             raise
         sampling = phases[-1].endswith(("rollout", "eval"))
         change = with_values(ROLLOUT_SETTINGS if sampling else PASS_SETTINGS + WEIGHT_SETTINGS, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from tooln1.run.checkpoint import (
     set_aside,
 )
 from tooln1.run.faults import explain_oom
+from tooln1.run.kernels import choose_decode, choose_update_attention
 from tooln1.run.metrics import Metrics, RunLog
 from tooln1.run.setup import Run, build, prepare
 
@@ -42,12 +44,19 @@ def open_run(config: Config, world: World, task_file: str = "") -> Iterator[Run]
     """
     if config.threads:
         torch.set_num_threads(config.threads)
+    elif config.offload_optimizer:  # AdamW runs on the CPU, and torchrun gives each process a single thread
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     run_dir = Path(config.run_dir)
     with claimed(run_dir, world), explain_oom(asdict(config)) as set_phase:
         checkpoint = find_checkpoint(run_dir, config.resume, world)
         run = build(config, world, *prepare(config, world, checkpoint, task_file), set_phase)
         if checkpoint:
             resume(run, checkpoint)
+        how = (config.update_attention, config.tokens_per_microbatch)
+        run.update_attention = choose_update_attention(run.policy.config, *how, world)
+        if config.mode == "rl" or run.benchmarks:
+            set_phase("first rollout")
+            choose_decode(run.sampler, config.rollout_decode, world)
         open_logs = partial(open_log, run) if world.is_main else lambda: None
         run.log = world.run_on_all_ranks(open_logs, f"{run_dir} cannot be written to")
         if run.saved_steps < run.completed_steps:
@@ -85,6 +94,7 @@ def finish_step(run: Run, metrics: Metrics, replies: list[dict]) -> None:
     """Log a completed step; save and evaluate if that is due."""
     config, values = run.config, metrics.reduced(run.world.gather)
     run.completed_steps, run.can_abandon_step = run.completed_steps + 1, True
+    run.completed_position = run.position
 
     def log() -> None:
         if run.log:
@@ -142,7 +152,7 @@ def save(run: Run, may_fail: bool = False) -> None:
     """Write a checkpoint of the completed steps. One that `may_fail` is tried again after each of the next steps."""
     config, world, folder = run.config, run.world, Path(run.config.run_dir) / CHECKPOINTS
     run.set_phase(f"step {run.completed_steps}, save")
-    notes = run.notes | {"bad_steps": run.bad_steps, "free_bytes": world.gather([run.sampler.free_bytes])}
+    notes = run.notes | {"bad_steps": run.bad_steps, "position": run.completed_position}
     try:
         world.run_on_all_ranks(run.log.sync if run.log else lambda: None, "the logs could not be written")
         save_checkpoint(folder, run.completed_steps, run.policy, run.optimizer, world, notes)
@@ -165,10 +175,9 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
     load_checkpoint(checkpoint.path, run.policy, run.optimizer)
     copy_weights(run.policy, run.sampler.model)
     run.completed_steps = checkpoint.step
+    run.position = run.completed_position = notes["position"]
     run.bad_steps = 0 if run.config.allow_changes else notes["bad_steps"]
     run.saved_steps = checkpoint.step if is_in(checkpoint.path, Path(run.config.run_dir)) else 0
-    if checkpoint.ranks == world.size:  # the same cache, so that the same replies are sampled together
-        run.sampler.free_bytes = notes["free_bytes"][world.rank]
     rename = partial(set_aside, folder, checkpoint.step) if world.is_main else list
     renamed = world.run_on_all_ranks(rename, f"{folder}: renaming")
     if world.is_main:

@@ -4,12 +4,14 @@ Certain are the parts that follow from a number of bytes per parameter: weights,
 The others are estimated for a pass over T tokens; C, Q, K, I are the widths of the residual stream, all query heads,
 all key heads and the MLP, and b the bytes of a number in a pass (2 on CUDA, 4 on the CPU):
 
-    activations     stored for the backward pass: T (6C + 2Q + 4K + 4I) b per layer, T C b with activation checkpointing
-    working memory  the larger of: four fp32 copies of [logprob_chunk_tokens, V] and the gradient of the head; the
-                    activations of one layer once more (twice with checkpointing). Beside them what FSDP2 gathers
-    KV cache        what the sampler plans (sampler/kv_cache.py)
+    activations     stored for the backward pass: T (6C + 2Q + 4K + 4I) b per layer, 2 T (Q + K) b more where q and k
+                    have norms (Qwen3); T C b with activation checkpointing
+    working memory  the largest of: four fp32 copies of [logprob_chunk_tokens, V] and the gradient of the head; one
+                    layer's activations once more (twice with checkpointing), and two gathered layers and gradients;
+                    at the end the gradients of embedding and head. Beside them the gathered embedding and head
+    KV cache        half of what all other parts leave, or less if the sampler cannot use it (sampler/kv_cache.py)
 
-Not included: what PyTorch, CUDA and NCCL take for themselves, padding in FlexAttention, fragmentation.
+The sampler is given what this estimate leaves, so that both plan the same cache. Not included: fragmentation.
 """
 
 from __future__ import annotations
@@ -22,14 +24,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+import tooln1.sampler.kv_cache as kv_cache
 from tooln1.io.model_config import ModelConfig
-from tooln1.sampler.kv_cache import (
-    CPU_BLOCK_SIZE,
-    CUDA_BLOCK_SIZE,
-    CUDA_MAX_NUM_SEQS,
-    kv_bytes_per_token,
-    plan_cache,
-)
+from tooln1.model import Transformer
 
 FP32 = 4
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -37,7 +34,8 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 # the settings that memory depends on: in sampling, in the passes of an update, and for the weights
 ROLLOUT_SETTINGS = ("max_num_seqs", "rollout_cache_tokens", "max_reply_tokens")
 PASS_SETTINGS = ("tokens_per_microbatch", "logprob_chunk_tokens", "activation_checkpointing")
-WEIGHT_SETTINGS = ("accumulate_unsharded", "kl_coef", "offload_reference", "offload_optimizer")
+KERNEL_SETTINGS = ("rollout_decode", "update_attention")
+WEIGHT_SETTINGS = ("accumulate_unsharded", "kl", "offload_reference", "offload_optimizer")
 
 
 class Part(NamedTuple):
@@ -55,6 +53,7 @@ class Estimate:
 
     parts: tuple[Part, ...]
     loading: Part  # while the policy is loaded: all weights in fp32, before they are sharded
+    free_bytes: int  # what all parts but the KV cache leave on the device
 
     def certain(self, place: str) -> int:
         """Bytes that are needed in any case on the "GPU" or the "host"."""
@@ -87,24 +86,35 @@ def estimate(
     shard = -(-size // processes)
     unsharded = (number + FP32) * size if settings["accumulate_unsharded"] and sharded else 0
     masters = "host" if settings["offload_optimizer"] else device
-    at_first_rollout = (
-        Part("weights (fp32)", FP32 * shard, masters),
-        Part("reference", number * -(-frozen // processes), "host" if settings["offload_reference"] else device),
-        Part("sampling copy", number * size, device),
-    )
-    free = max(0, available[device] - sum(part.bytes for part in at_first_rollout if part.place == device))
-    cache = cache_bytes(config, settings, cuda, processes, (prompt, reply), free)
-    activations, working = pass_bytes(config, settings, number, sharded)
-    parts = (
-        *at_first_rollout,
-        Part("gradients (fp32)", FP32 * shard, masters),
+    weights, kept = FP32 * shard, number * -(-frozen // processes)
+    if cuda and settings["offload_optimizer"]:
+        weights = pinned_bytes(config, FP32, processes)
+    if cuda and settings["offload_reference"] and reference:
+        kept = pinned_bytes(reference, number, processes)
+    activations, working = pass_bytes(config, settings, number, processes if sharded else 0)
+    parts = [
+        Part("weights (fp32)", weights, masters),
+        Part("gradients (fp32)", weights, masters),
         Part("Adam's moments (fp32)", 2 * FP32 * shard, masters),
+        Part("reference", kept, "host" if settings["offload_reference"] else device),
+        Part("sampling copy", number * size, device),
         Part("unsharded weights and gradients", unsharded, device),
-        Part("KV cache", cache, device, certain=cuda and settings["rollout_cache_tokens"] > 0),
         Part("activations", activations, device, certain=False),
         Part("working memory", working, device, certain=False),
-    )
-    return Estimate(tuple(part for part in parts if part.bytes), Part("loading", FP32 * size * sharded, device))
+        Part("CUDA context, graphs, sampling", kv_cache.CUDA_RESERVE * cuda, device, certain=False),
+    ]
+    free = max(0, available[device] - sum(part.bytes for part in parts if part.place == device))
+    cache = cache_bytes(config, settings, cuda, processes, (prompt, reply), free)
+    parts.append(Part("KV cache", cache, device, certain=cuda and settings["rollout_cache_tokens"] > 0))
+    loading = Part("loading", FP32 * size * sharded, device)
+    return Estimate(tuple(part for part in parts if part.bytes), loading, free)
+
+
+def pinned_bytes(config: ModelConfig, number: int, processes: int) -> int:
+    """Bytes of a process's shards of all weights in pinned memory, which comes in powers of two."""
+    with torch.device("meta"):
+        shards = [-(-weight.numel() // processes) for weight in Transformer(config).parameters()]
+    return sum(1 << (number * shard - 1).bit_length() for shard in shards)
 
 
 def cache_bytes(
@@ -112,31 +122,41 @@ def cache_bytes(
 ) -> int:
     """Bytes of the sampler's KV cache, as it plans it. longest: tokens of a prompt and of a reply; free: bytes."""
     replies = -(-settings["prompts_per_step"] // processes) * settings["group_size"]
-    block_size = CUDA_BLOCK_SIZE if cuda else CPU_BLOCK_SIZE
-    rows, lengths = (CUDA_MAX_NUM_SEQS, None) if cuda else (replies, [longest] * replies)
+    block_size = kv_cache.CUDA_BLOCK_SIZE if cuda else kv_cache.CPU_BLOCK_SIZE
+    rows, lengths = (kv_cache.CUDA_MAX_NUM_SEQS, None) if cuda else (replies, [longest] * replies)
     rows, element_size = settings["max_num_seqs"] or rows, 2 if cuda else FP32
-    blocks = plan_cache(config, element_size, free, block_size, rows, settings["rollout_cache_tokens"], lengths)
-    return kv_bytes_per_token(config, element_size) * blocks * block_size
+    blocks = kv_cache.plan_cache(
+        config, element_size, free, block_size, rows, settings["rollout_cache_tokens"], lengths
+    )
+    return kv_cache.kv_bytes_per_token(config, element_size) * blocks * block_size
 
 
-def pass_bytes(config: ModelConfig, settings: Mapping[str, Any], number: int, sharded: bool) -> tuple[int, int]:
-    """(bytes of the stored activations, bytes of the working memory) of a forward and backward pass."""
+def pass_bytes(config: ModelConfig, settings: Mapping[str, Any], number: int, shards: int) -> tuple[int, int]:
+    """(bytes of the stored activations, bytes of the working memory) of a forward and backward pass.
+
+    number: bytes of a number in the pass. shards: processes that the weights are sharded over, 0 without FSDP2.
+    """
     tokens, checkpointing = settings["tokens_per_microbatch"], settings["activation_checkpointing"]
     queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    # both norms' and the projections' inputs, q, k and v (twice), the MLP's
-    layer = tokens * number * (6 * config.hidden_size + 2 * queries + 4 * keys + 4 * config.intermediate_size)
+    # both norms' and the projections' inputs, q, k and v (twice), the MLP's; the norms' of q and k
+    width = 6 * config.hidden_size + 2 * queries + 4 * keys + 4 * config.intermediate_size
+    layer = tokens * number * (width + 2 * (queries + keys) * config.qk_norm)
     stored = config.num_hidden_layers * (tokens * number * config.hidden_size if checkpointing else layer)
     table = config.vocab_size * config.hidden_size
     tables = table if config.tie_word_embeddings else 2 * table
     layer_size = (config.num_parameters - tables) // config.num_hidden_layers
     at_head = 4 * FP32 * settings["logprob_chunk_tokens"] * config.vocab_size + (FP32 + number) * table
-    # embedding and head, and two layers with their gradients, which are reduced in fp32
-    gathered = number * tables + 2 * (2 * number + FP32) * layer_size if sharded else 0
-    return stored, max(at_head, layer * (2 if checkpointing else 1)) + gathered
+    in_layers = layer * (2 if checkpointing else 1)
+    if not shards:
+        return stored, max(at_head, in_layers)
+    in_layers += 2 * (2 * number + FP32) * layer_size  # gradients are reduced in fp32
+    # a single process divides by 1 into a second fp32 copy
+    at_end = (number + FP32 * (2 if shards == 1 else 1)) * tables
+    return stored, max(at_head, in_layers, at_end - stored) + number * tables
 
 
 def with_values(names: Iterable[str], settings: Mapping[str, Any]) -> str:
-    """Settings and their values for a message: "kl_coef (0.001), offload_reference (False)"."""
+    """Settings and their values for a message: "kl (k3), offload_reference (False)"."""
     return ", ".join(f"{name} ({settings[name]})" for name in names)
 
 
@@ -156,7 +176,7 @@ def format_bytes(count: float) -> str:
 
 
 def available(device: torch.device) -> dict[str, int]:
-    """Bytes that are free on the "GPU", if that is the device, and those of the "host".
+    """Bytes that are free on the "GPU", if that is the device, and this process's share of the "host".
 
     The host has what the machine has, or what its control group (a container's) is limited to.
     """
@@ -167,4 +187,4 @@ def available(device: torch.device) -> dict[str, int]:
         except (OSError, ValueError):  # no such file, or "max"
             continue
     gpu = {"GPU": torch.cuda.mem_get_info(device)[0]} if device.type == "cuda" else {}
-    return gpu | {"host": min(host)}
+    return gpu | {"host": min(host) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from tooln1.io import weights
 from tooln1.io.errors import UserError
 from tooln1.model import Transformer, load_model, model_files, read_config
 from tooln1.prompt import drop_long
+from tooln1.run import memory
 from tooln1.run.checkpoint import Checkpoint
 from tooln1.run.checks import check_run
 from tooln1.run.metrics import RunLog
@@ -39,7 +40,7 @@ class Run:
     world: World
     tokenizer: Tokenizer
     policy: Transformer  # fp32 masters, sharded over the ranks
-    reference: Transformer | None  # the frozen initial model; None where the KL has no weight
+    reference: Transformer | None  # the frozen initial model; None where the KL is off
     sampler: Sampler  # a whole copy of the policy in the sampling dtype
     optimizer: torch.optim.Optimizer
     loss: PolicyLoss | SupervisedLoss
@@ -51,8 +52,11 @@ class Run:
     stop_request: StopRequest  # set by SIGTERM and SIGINT
     set_phase: Callable[[str], None]  # called with what the run does next, for error messages
     notes: dict  # stored in every checkpoint: settings, fingerprints of data and models
+    update_attention: str = "auto"  # kernel of the attention over packed batches, then "flex" or "sdpa"
     log: RunLog | None = None  # open from the first step on; None on the ranks other than 0
     completed_steps: int = 0
+    position: int = 0  # in the order, behind all prompts that have been drawn
+    completed_position: int = 0  # behind those of the completed steps
     saved_steps: int = 0  # completed steps that the newest checkpoint has
     can_abandon_step: bool = True  # the weights are still those of the last completed step
     bad_steps: int = 0  # optimizer steps in a row whose loss or gradient was not finite
@@ -99,7 +103,13 @@ def build(
     set_phase: Callable[[str], None],
 ) -> Run:
     """Models, sampler, optimizer, order: a run before its first step."""
+    there = memory.available(world.device)
     policy, reference, sampling_copy = load_models(config, world, tokenizer.vocab_size)
+    settings = resolved(config, policy.config.num_parameters)
+    frozen = reference.config if reference else None
+    free_bytes = memory.estimate(policy.config, frozen, settings, there, world.size, 0, 0).free_bytes
+    cache = (config.max_num_seqs, config.rollout_cache_tokens)
+    sampler = Sampler(sampling_copy, tokenizer.stop_ids, *cache, free_bytes=free_bytes)
     order = EpochOrder(len(examples), config.seed)
     return Run(
         config=config,
@@ -107,7 +117,7 @@ def build(
         tokenizer=tokenizer,
         policy=policy,
         reference=reference,
-        sampler=Sampler(sampling_copy, tokenizer.stop_ids, config.max_num_seqs, config.rollout_cache_tokens),
+        sampler=sampler,
         optimizer=torch.optim.AdamW(
             policy.parameters(),
             lr=config.learning_rate,
@@ -129,7 +139,7 @@ def build(
 
 
 def load_models(config: Config, world: World, vocabulary: int) -> tuple[Transformer, Transformer | None, Transformer]:
-    """The policy, the reference (None if the KL has no weight) and the sampler's copy, on this process's device.
+    """The policy, the reference (None if the KL is off) and the sampler's copy, on this process's device.
 
     The policy is fp32 and sharded; the others are bf16 on CUDA, else fp32, the reference sharded, the copy not.
     """
@@ -152,23 +162,15 @@ def loss_of(config: Config) -> PolicyLoss | SupervisedLoss:
     """The loss of the run's mode."""
     if config.mode == "sft":
         return SupervisedLoss(config.logprob_chunk_tokens)
-    return PolicyLoss(
-        config.temperature,
-        config.clip_low,
-        config.clip_high,
-        config.dual_clip,
-        config.kl_coef,
-        config.entropy_coef,
-        config.loss_aggregation,
-        config.logprob_chunk_tokens,
-    )
+    own = {field.name: getattr(config, field.name) for field in fields(PolicyLoss) if field.name in SETTINGS}
+    return PolicyLoss(**own, aggregation=config.loss_aggregation, chunk=config.logprob_chunk_tokens)
 
 
 def resolved(config: Config, parameters: int) -> dict[str, Any]:
     """All settings by name, "auto", "on" and "off" made true or false for a model of so many parameters."""
     on = {"on": True, "off": False}
     return asdict(config) | {
-        "activation_checkpointing": on.get(config.activation_checkpointing, parameters > 1e9),
+        "activation_checkpointing": on.get(config.activation_checkpointing, parameters > 4e8),
         "accumulate_unsharded": on.get(config.accumulate_unsharded, parameters < 2e9),
     }
 
@@ -211,8 +213,8 @@ def refuse_changes(
 
 
 def reference_of(config: Config) -> str:
-    """The path of the frozen model of the KL term, "" if that has no weight."""
-    return (config.reference_model or config.model) if config.mode == "rl" and config.kl_coef else ""
+    """The path of the frozen model of the KL term, "" if that is off."""
+    return (config.reference_model or config.model) if config.mode == "rl" and config.kl != "off" else ""
 
 
 def load_data(config: Config, world: World, tokenizer: Tokenizer, task: Task) -> tuple[Sequence, list[LoadedBenchmark]]:

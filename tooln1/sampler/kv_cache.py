@@ -12,6 +12,7 @@ from tooln1.io.model_config import ModelConfig
 
 CUDA_BLOCK_SIZE, CPU_BLOCK_SIZE = 128, 32  # tokens
 CUDA_MAX_NUM_SEQS = 512
+CUDA_RESERVE = 4 << 30  # bytes that CUDA's context, captured graphs and the logits of sampling take
 
 
 def kv_bytes_per_token(config: ModelConfig, element_size: int) -> int:
@@ -30,17 +31,17 @@ def plan_cache(
 ) -> int:
     """Number of blocks of the key/value cache.
 
-    cache_tokens decides if it is not 0; else what the sequences can need, in at most a third of `free_bytes`.
+    cache_tokens decides if it is not 0; else what the sequences can need, in at most half of `free_bytes`.
     lengths: (prompt tokens, max_new_tokens) of each sequence of the call, of which `max_num_seqs` run at once.
     None: any call, that is max_num_seqs sequences as long as the model's context. So it is on CUDA, where kernels and
-    graphs are compiled for one cache; a multiple of 256 blocks then, because known shapes are in the compiler's cache.
+    graphs are compiled for one cache; a multiple of 64 blocks then, because known shapes are in the compiler's cache.
     """
     if cache_tokens:
         return max(1, cache_tokens // block_size)
-    affordable = free_bytes // 3 // kv_bytes_per_token(config, element_size) // block_size
+    affordable = free_bytes // 2 // kv_bytes_per_token(config, element_size) // block_size
     if lengths is None:
         context = config.raw.get("max_position_embeddings") or 32768
-        return max(1, min(max_num_seqs * -(-context // block_size), affordable // 256 * 256))
+        return max(1, min(max_num_seqs * -(-context // block_size), affordable // 64 * 64))
     blocks = [-(-(prompt + new) // block_size) for prompt, new in lengths]
     waiting_prompt = max((-(-prompt // block_size) for prompt, _ in lengths), default=0)  # kept for its group to start
     return max(1, min(sum(blocks), max_num_seqs * (max(blocks, default=1) + waiting_prompt), affordable))

@@ -20,8 +20,8 @@ from tooln1.attention import attention, compiled_flex_attention
 from tooln1.sampler.kv_cache import KVCache, to_device
 from tooln1.sampler.scheduler import Prefill, Sequence
 
-MAX_GROUP = 4  # sequences of a group in one small batch: each query is multiplied with the keys of all of them
-MAX_PADDING = 1024  # tokens of padding in a bucket; beyond them another bucket costs less
+MAX_GROUP = 8  # sequences of a group in one small batch: each query is multiplied with the keys of all of them
+MAX_PADDING = 512  # tokens of padding in a bucket; beyond them another bucket costs less
 
 
 class PrefillAttention:

@@ -10,25 +10,26 @@ position), so a reply does not depend on the batch it was sampled in, on the ran
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import tooln1.sampler.kv_cache as kv_cache
 from tooln1.data import Rollout
 from tooln1.grpo import mask_padded_vocab
 from tooln1.model import Attend, Transformer
-from tooln1.sampler.kv_cache import CPU_BLOCK_SIZE, CUDA_BLOCK_SIZE, CUDA_MAX_NUM_SEQS, KVCache, plan_cache, to_device
+from tooln1.sampler.kv_cache import KVCache, to_device
 from tooln1.sampler.paged_attention import FlexDecode, GatheredDecode, PrefillAttention
 from tooln1.sampler.sampling import SamplingParams, reply_streams, sample_tokens, uniforms
 from tooln1.sampler.scheduler import BlockManager, Scheduler, Sequence, SequenceGroup, Stats, Step
-
-LAST_TOKENS_SIZE = 1 << 16  # of last_tokens: more than most calls have sequences, because graphs are made for one size
 
 
 class Sampler:
@@ -36,7 +37,8 @@ class Sampler:
 
     stop_ids: token ids that end a reply and belong to it. max_num_seqs: replies sampled at once (0: all, on CUDA 512).
     cache_tokens, block_size: size of the key/value cache (0: see `plan_cache`) and of its blocks (0: 128 on CUDA, else
-    32), in tokens. max_prefill_tokens: computed in one prefill step (0: 16384 on CUDA, else 2048).
+    32), in tokens. max_prefill_tokens: computed in one prefill step (0: 16384 on CUDA, else 2048). free_bytes: memory
+    that weights, training and CUDA leave, of which the cache may take half (None: all that is there at the first call).
     """
 
     def __init__(
@@ -47,18 +49,19 @@ class Sampler:
         cache_tokens: int = 0,
         block_size: int = 0,
         max_prefill_tokens: int = 0,
+        free_bytes: int | None = None,
     ):
         self.model, self.stop_ids, self.device = model, frozenset(stop_ids), model.head.device
         self.cuda = self.device.type == "cuda"
-        self.max_num_seqs = max_num_seqs or (CUDA_MAX_NUM_SEQS if self.cuda else 0)
-        self.block_size = block_size or (CUDA_BLOCK_SIZE if self.cuda else CPU_BLOCK_SIZE)
+        self.max_num_seqs = max_num_seqs or (kv_cache.CUDA_MAX_NUM_SEQS if self.cuda else 0)
+        self.block_size = block_size or (kv_cache.CUDA_BLOCK_SIZE if self.cuda else kv_cache.CPU_BLOCK_SIZE)
         self.max_prefill_tokens = max_prefill_tokens or (16384 if self.cuda else 2048)
-        self.cache_tokens = cache_tokens
-        self.free_bytes: int | None = None  # memory when the first call came; it bounds the cache of all calls
+        self.cache_tokens, self.free_bytes = cache_tokens, free_bytes
         self.decode = "graph" if self.cuda else "gathered"  # or "eager": what the graph runs, without a graph
         self.lookahead = int(self.cuda)  # steps launched before the tokens of the last one are read
         self.cache: KVCache | None = None
-        self.last_tokens = torch.zeros(1, dtype=torch.int64, device=self.device)  # of each sequence, and one unused
+        # of each sequence, and one unused; graphs are made for one size, which is more than most calls need
+        self.last_tokens = torch.zeros(1 << 16, dtype=torch.int64, device=self.device)
         self.graphs: dict[tuple[int, SamplingParams], _DecodeGraph] = {}
         self.graph_pool = torch.cuda.graph_pool_handle() if self.cuda else None
         self.stats = Stats()  # of the last call
@@ -184,15 +187,14 @@ class Sampler:
         """
         if len(seqs) >= len(self.last_tokens):
             self.graphs.clear()
-            size = max(len(seqs) + 1, LAST_TOKENS_SIZE if self.cuda else 0)
-            self.last_tokens = torch.zeros(size, dtype=torch.int64, device=self.device)
+            self.last_tokens = torch.zeros(len(seqs) + 1, dtype=torch.int64, device=self.device)
         config, like = self.model.config, self.model.head
         lengths = [(len(seq.group.prompt), seq.max_new_tokens) for seq in seqs]
         if self.cache is None or not self.cuda:
             if self.free_bytes is None:
                 self.free_bytes = _free_bytes(self.device)
             need = (self.max_num_seqs, self.cache_tokens) if self.cuda else (num_seqs, self.cache_tokens, lengths)
-            num_blocks = plan_cache(config, like.element_size(), self.free_bytes, self.block_size, *need)
+            num_blocks = kv_cache.plan_cache(config, like.element_size(), self.free_bytes, self.block_size, *need)
             if self.cache is None or num_blocks > self.cache.num_blocks:
                 self.graphs.clear()
                 self.cache = None  # free the old one first
@@ -248,10 +250,20 @@ class _DecodeGraph:
             for _ in range(3):
                 self._step(sampler)
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # thread_local: NCCL's watchdog may call CUDA meanwhile. One pool: graphs never run side by side.
-        with torch.cuda.graph(self.graph, pool=sampler.graph_pool, capture_error_mode="thread_local"):
-            self.sampled = self._step(sampler)
+        self.graph, usual_stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        gc.collect()
+        gc.disable()  # an object that is freed during the capture may call CUDA, which would end it
+        try:
+            # thread_local: NCCL's watchdog may call CUDA meanwhile. One pool: graphs never run side by side.
+            with torch.cuda.graph(self.graph, pool=sampler.graph_pool, capture_error_mode="thread_local"):
+                self.sampled = self._step(sampler)
+        except Exception:  # torch leaves its own stream current and, in most cases, the allocator in the graphs' pool
+            torch.cuda.set_stream(usual_stream)
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(sampler.device.index, sampler.graph_pool)
+            raise
+        finally:
+            gc.enable()
 
 
 def _rollout(seq: Sequence) -> Rollout:
@@ -261,11 +273,8 @@ def _rollout(seq: Sequence) -> Rollout:
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except ValueError:  # macOS does not tell
-        return 4 << 30
+        return max(0, torch.cuda.mem_get_info(device)[0] - kv_cache.CUDA_RESERVE)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _reply_limits(max_new_tokens: int | list[int], num_prompts: int, group_size: int) -> list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _MASK = (1 << 63) - 1
@@ -67,14 +66,16 @@ def sample_tokens(
     Temperature 0 is greedy (first of equals), with log-probs at temperature 1. Else it is the first token whose
     cumulated probability exceeds the uniform number.
     """
-    logprobs = F.log_softmax(logits / (temperature or 1.0), dim=-1)
+    scaled = logits / (temperature or 1.0)
+    probs = scaled.softmax(-1)  # [B, V]
     if temperature == 0:
         token = logits.argmax(-1)
     else:
         unrestricted = top_k == 0 and top_p == 1
-        probs = logprobs.exp() if unrestricted else apply_top_k_top_p(logprobs, top_k, top_p).softmax(-1)
-        cdf = probs.cumsum(-1)  # [B, V]
+        allowed = probs if unrestricted else apply_top_k_top_p(scaled, top_k, top_p).softmax(-1)
+        # At least two rows: CUDA sums a single one by another algorithm, whose result may differ from run to run.
+        cdf = allowed.expand(max(2, len(allowed)), -1).cumsum(-1)[: len(allowed)]
         total = cdf[:, -1]
         below = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
         token = torch.searchsorted(cdf, below[:, None], right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
-    return token, logprobs.gather(-1, token[:, None])[:, 0]
+    return token, probs.gather(-1, token[:, None])[:, 0].log()
