@@ -2,12 +2,14 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 
 import train
+from tooln1.benchmarks.runner import GenerationConfig, load_benchmarks
 from tooln1.data import read_examples, write_examples
 from tooln1.io.errors import UserError
 from tooln1.run.checkpoint import read_checkpoint
@@ -37,10 +39,10 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     tiny.write_model(Path())
-    rows = [vars(example) | {"letter": "ab"[i % 2]} for i, example in enumerate(tiny.examples(8))]
+    rows = [vars(example) | {"letter": "ab"[i % 2], "reply": "ab"[i % 2]} for i, example in enumerate(tiny.examples(8))]
     tiny.write_rows(Path("data.jsonl"), rows)
     Path("task.py").write_text(LETTERS)
-    tiny.write_preset(Path(), "run", device="cpu", save_every=1, temperature=1.5)
+    tiny.write_preset(tmp_path, "run", device="cpu", save_every=1, temperature=1.5)
     return tmp_path
 
 
@@ -57,6 +59,7 @@ def test_a_task_replaces_prompt_reward_and_metrics(here, monkeypatch):
     measured = tiny.measured(Path("run"))[-1]
     lengths = [len(row["reply"].removesuffix("<|im_end|>").removesuffix("<|endoftext|>")) for row in replies]
     assert measured["length"] == pytest.approx(sum(lengths) / len(lengths))
+    assert measured["prompt_tokens_prefilled"] < 100  # four prompts of one letter in the tiny chat template
     assert "accuracy" not in measured and 0 <= measured["heldout_accuracy"] <= 1
 
 
@@ -106,6 +109,13 @@ def test_only_the_command_line_names_a_task(here, monkeypatch, capsys):
         read_examples("data.jsonl")
 
 
+def test_the_metrics_of_tool_calls_need_tools(here):
+    Path("task.py").write_text(f"{WRONG}return 0")
+    task, example = load_task("task.py"), tiny.examples(1)[0]
+    assert task.metrics("no call", example) == {"accuracy": False, "format_ok": False}
+    assert task.metrics("no call", replace(example, tools=[])) == {}
+
+
 def test_further_fields_survive_writing_and_reading(here):
     task = load_task("task.py")
     examples = task.read("data.jsonl")
@@ -131,6 +141,8 @@ def test_eval_scores_examples_by_the_task(here, capsys):
     overall = json.loads(Path("out/results.json").read_text())["benchmarks"]["examples"]["totals"]["overall"]
     assert overall == {"accuracy": 0.5, "right": 4, "replies": 8}
     assert {row["why"] for row in rows("out/failures.jsonl")} == {"no_reward"}
+    (loaded,) = load_benchmarks(["examples=data.jsonl"], task=load_task("task.py"))
+    assert GenerationConfig().messages(loaded.cases[1]) == [{"role": "user", "content": "b"}]
 
 
 def test_ask_prints_prompt_thought_calls_and_faults(here, monkeypatch, capsys):
