@@ -3,6 +3,7 @@
     python eval.py --bench bfcl=DIR acebench=DIR api_bank=DIR --model DIR --out DIR
     torchrun --standalone --nproc-per-node 8 eval.py --bench ... --model DIR --base-model DIR --out DIR
     python eval.py --bench examples=heldout.jsonl --predictions replies.jsonl --out DIR      # no model needed
+    python eval.py --ask "Is it cold in Oslo?" --tools tools.json --model DIR                # one request, no files
 
 The --out directory then holds results.json, failures.jsonl and, with --model, predictions.jsonl (written after every
 chunk of replies: after a kill the same command goes on from there) and settings.json (how they were generated); base/
@@ -27,16 +28,19 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from tooln1.benchmarks import NAMES, bfcl, paper, runner, table
 from tooln1.benchmarks.runner import GenerationConfig, Key, LoadedBenchmark, Prediction
+from tooln1.data import Example
 from tooln1.distributed import World, launch
 from tooln1.io import weights
 from tooln1.io.errors import UserError, exit_on_user_error
 from tooln1.io.files import atomic_write, check_writable
 from tooln1.io.jsonl import parse_json, read_rows, read_text
 from tooln1.model import load_model, model_files, read_config
+from tooln1.prompt import THINK_CLOSE, THINK_OPEN, XLAM_SYSTEM, parse_reply, without_stop_token
 from tooln1.run.kernels import choose_decode
 from tooln1.run.metrics import to_json
+from tooln1.run.task_file import load_task
 from tooln1.sampler.sampler import Sampler
-from tooln1.tokenizer import load_tokenizer
+from tooln1.tokenizer import Tokenizer, load_tokenizer
 
 PATHS = ("model", "data")  # settings that may change between two runs with one --out: their contents are compared
 BATCHES_PER_CHUNK = 4  # full batches (--rows) of replies in a chunk, which is what a kill may lose
@@ -44,7 +48,8 @@ BATCHES_PER_CHUNK = 4  # full batches (--rows) of replies in a chunk, which is w
 
 def evaluate(options: argparse.Namespace, world: World) -> int:
     """Generate (or read) the predictions, score them, write and print the results; returns the exit code."""
-    benchmarks = runner.load_benchmarks(options.bench, options.limit, options.bfcl_changed)
+    task = load_task(options.task)
+    benchmarks = runner.load_benchmarks(options.bench, options.limit, options.bfcl_changed, task)
     out = check_writable(options.out, "--out")
     sources = {out: options.predictions or options.model}
     if options.base_model:
@@ -63,6 +68,7 @@ def evaluate(options: argparse.Namespace, world: World) -> int:
             if options.predictions and file.exists() and not file.samefile(source):
                 raise UserError(f"{out} holds other predictions; choose another --out for {source}.")
             summaries = score(benchmarks, found, settings["think"], folder)
+            settings |= {"task": task.fingerprint}
             result = {"settings": settings, "unknown_ids": unknown_ids, "benchmarks": summaries}
             with atomic_write(folder / "results.json") as opened:
                 opened.write(json.dumps(result, indent=2) + "\n")
@@ -73,6 +79,27 @@ def evaluate(options: argparse.Namespace, world: World) -> int:
         print(table.report(results), f"written to {out}", sep="\n\n")
     summaries = [summary for result in results.values() for summary in result["benchmarks"].values()]
     return world.broadcast(int(not all(summary["valid"] for summary in summaries)))
+
+
+def ask(options: argparse.Namespace, world: World) -> None:
+    """Print the prompt's size, the thought and the calls of the reply to one request."""
+    tools = [tool for _, tool in read_rows(options.tools)] if options.tools else []
+    example = Example("ask", "ask", XLAM_SYSTEM, tools, [{"role": "user", "content": options.ask}], [])
+    benchmark = runner.held_out_benchmark("--ask", [example], load_task(options.task))
+    tokenizer, sampler = load(options, world, options.model)
+    prompt = tokenizer.prompt_ids(options.generation.messages(benchmark.cases[0]))
+    (found,) = runner.generate_predictions(benchmark, sampler, tokenizer, world, options.generation)
+    prediction = found["heldout", "ask", 0]
+    text = without_stop_token(prediction.completion)
+    reply, fault = parse_reply(text), prediction.fault or ("" if prediction.finished else "cut off")
+    lines = [f"prompt:  {len(prompt)} tokens"]
+    if reply.has_think:
+        lines.append(f"thought: {text.partition(THINK_OPEN)[2].partition(THINK_CLOSE)[0].strip()}")
+    lines += [f"call:    {json.dumps(call, ensure_ascii=False)}" for call in reply.calls or ()]
+    if fault or reply.fault not in ("none", "" if options.think else "no_think"):
+        lines += [f"fault:   {fault or reply.fault}; the reply as it is:", text]
+    if world.is_main:
+        print(*lines, sep="\n")
 
 
 def score(
@@ -104,20 +131,13 @@ def generate(
     options: argparse.Namespace, world: World, benchmarks: Sequence[LoadedBenchmark], source: str, out: Path
 ) -> dict:
     """Complete the model's predictions in `out`/predictions.jsonl; returns the settings they are generated with."""
-    gc.collect()  # frees the memory of the model before this one
-    torch.cuda.empty_cache()
-    cuda, generation = world.device.type == "cuda", options.generation
-    dtype = torch.bfloat16 if cuda else torch.float32  # as in training
-    tokenizer = load_tokenizer(source)
-    model = load_model(source, dtype, world.device, tokenizer.vocab_size)
-    sampler = Sampler(model, tokenizer.stop_ids, options.rows or (512 if cuda else 64))
-    choose_decode(sampler, "auto", world)
+    (tokenizer, sampler), generation = load(options, world, source), options.generation
     prompts = [[(case.id, generation.messages(case)) for case in benchmark.cases] for benchmark in benchmarks]
     settings = {
         "model": source,
         "data": {benchmark.name: benchmark.path for benchmark in benchmarks},
         "model_fingerprint": weights.fingerprint(model_files(source)),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(next(sampler.model.parameters()).dtype).removeprefix("torch."),
         **asdict(generation),
         "prompts_fingerprint": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
     }
@@ -137,6 +157,18 @@ def generate(
             known |= new
             world.run_on_all_ranks(write, f"--out {out}")
     return settings
+
+
+def load(options: argparse.Namespace, world: World, source: str) -> tuple[Tokenizer, Sampler]:
+    """A model's tokenizer, and the model in a sampler."""
+    gc.collect()  # frees the memory of the model before this one
+    torch.cuda.empty_cache()
+    cuda, tokenizer = world.device.type == "cuda", load_tokenizer(source)
+    dtype = torch.bfloat16 if cuda else torch.float32  # as in training
+    model = load_model(source, dtype, world.device, tokenizer.vocab_size)
+    sampler = Sampler(model, tokenizer.stop_ids, options.rows or (512 if cuda else 64))
+    choose_decode(sampler, "auto", world)
+    return tokenizer, sampler
 
 
 def resume(out: Path, settings: dict, benchmarks: Sequence[LoadedBenchmark]) -> dict:
@@ -161,10 +193,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     defaults = asdict(GenerationConfig())
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add, source = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
-    add("--bench", nargs="+", action="extend", required=True, metavar="NAME=PATH", help=f"NAME: {', '.join(NAMES)}")
+    add("--bench", nargs="+", action="extend", metavar="NAME=PATH", help=f"NAME: {', '.join(NAMES)}")
+    add("--ask", metavar="TEXT", help="print the reply to this request; neither --bench nor --out is needed")
+    add("--tools", metavar="FILE", help="tools for --ask: a JSON list of objects with a name")
     source.add_argument("--model", help="Hugging Face directory or hub id")
     source.add_argument("--predictions", metavar="FILE", help='score these replies: JSON lines {"id", "completion"}')
-    add("--out", required=True, metavar="DIR", help="directory for the results")
+    add("--out", metavar="DIR", help="directory for the results")
+    add("--task", default="", metavar="FILE", help="Python file that scores the benchmark examples; it is run as code")
     add("--limit", type=int, default=0, metavar="N", help="only the first N cases of each benchmark")
     add("--bfcl-changed", choices=runner.CHANGED, default="all", help="BFCL's entries that changed since the paper")
     add("--no-think", dest="think", action="store_false", help="neither ask for reasoning nor check for it")
@@ -180,6 +215,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", type=int, default=0, metavar="N", help="most replies at once per process (512 on CUDA, else 64)")
     parser.set_defaults(**defaults)
     options = parser.parse_args(argv)
+    if not (options.ask and options.model) and not (options.bench and options.out):
+        parser.error("--bench and --out are needed, or --ask and --model")
     if options.base_model and not options.model:
         parser.error("--base-model needs --model: with --predictions no reply is generated")
     if not 0 <= options.temperature < float("inf"):
@@ -196,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Read the options, join the other processes, evaluate."""
     options = parse(argv)
     with launch(options.device) as world:
-        code = evaluate(options, world)
+        code = ask(options, world) if options.ask else evaluate(options, world)
     if code:
         sys.exit(code)
 

@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc-per-node 8 train.py --config configs/tool_n1_7b.toml
     python train.py                                     # the embedded demo, on whatever this machine is
+    python train.py --task examples/arithmetic.py ...   # another task than tool calls, in one file
     python train.py --help                              # every setting, its unit and the paper's value
 
 `rl_step`, below, is one step of the whole algorithm; the equations are in tooln1/grpo.py.
@@ -9,9 +10,10 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +28,6 @@ from tooln1.grpo import equal_rewards, group_advantages, loss_total, rows_to_tra
 from tooln1.io.errors import exit_on_user_error
 from tooln1.io.files import check_writable
 from tooln1.io.model_config import pair_cost
-from tooln1.prompt import build_messages
-from tooln1.rewards import REWARDS
 from tooln1.run.checkpoint import find_checkpoint
 from tooln1.run.faults import save_skipped_batch
 from tooln1.run.lifecycle import evaluate_if_due, finish_step, metrics_of_step, open_run
@@ -64,11 +64,11 @@ def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
             update(run, mini, rollouts, total, step, metrics)
     with metrics.timer("sync"):
         copy_weights(run.policy, run.sampler.model)
-    answers = [examples[rollout.group].answer for rollout in rollouts]
-    add_reply_metrics(metrics, rollouts, replies, answers, rewards, config.think, run.world.size)
+    answered = [examples[rollout.group] for rollout in rollouts]
+    add_reply_metrics(metrics, rollouts, rewards, map(run.task.metrics, replies, answered), run.world.size)
     return [
-        {"id": examples[rollout.group].id, "reward": reward, "reply": reply, "answer": answer}
-        for rollout, reward, reply, answer in zip(rollouts, rewards.tolist(), replies, answers, strict=True)
+        {"id": example.id, "reward": reward, "reply": reply, "answer": example.answer}
+        for example, reward, reply in zip(answered, rewards.tolist(), replies, strict=True)
     ]
 
 
@@ -78,7 +78,7 @@ def sft_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
     chosen, run.position = run.order.take(run.position, config.prompts_per_step)
     examples = [run.examples[i] for i in chosen]
     with metrics.timer("update"):
-        rollouts = demonstrations(examples, run.tokenizer, config.think)
+        rollouts = demonstrations(examples, run.tokenizer, run.task.messages)
         for rows in split_into_minibatches(rollouts, range(len(rollouts)), config.prompts_per_minibatch):
             total = sum(len(rollouts[row].reply) for row in rows)
             update(run, my_batches(run, rollouts, rows, torch.zeros(len(rollouts))), rollouts, total, step, metrics)
@@ -123,7 +123,7 @@ def sample_groups(
 def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> list[Rollout]:
     """A group of replies to each example, sampled on all ranks and known to all of them afterwards."""
     config = run.config
-    prompts = [run.tokenizer.prompt_ids(build_messages(example, config.think)) for example in examples]
+    prompts = [run.tokenizer.prompt_ids(run.task.messages(example)) for example in examples]
     total, hidden = len(prompts) * config.group_size, None if run.world.is_main else True  # None: not on a terminal
     with tqdm(desc="sampling", total=total, unit=" replies", leave=False, disable=hidden) as bar:
         return generate_distributed(
@@ -145,11 +145,15 @@ def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> lis
 
 
 def score(run: Run, rollouts: list[Rollout], examples: list[Example], step: int) -> tuple[list[str], torch.Tensor]:
-    """The text of each reply, special tokens kept, and its reward [N]; shuffled over the batch in the control."""
-    reward = REWARDS[run.config.reward]
+    """The text of each reply, special tokens kept, and its reward [N]; shuffled over the batch in the control.
+
+    Each rank scores a part of them: a task's reward may be slow, and may differ from call to call.
+    """
+    world = run.world
     replies = [run.tokenizer.decode(rollout.reply) for rollout in rollouts]
-    rewards = [reward(reply, examples[rollout.group].answer) for reply, rollout in zip(replies, rollouts, strict=True)]
-    rewards = torch.tensor(rewards, dtype=torch.float32)
+    mine = range(len(rollouts) * world.rank // world.size, len(rollouts) * (world.rank + 1) // world.size)
+    work = partial(list, (run.task.reward(replies[i], examples[rollouts[i].group]) for i in mine))
+    rewards = torch.tensor(world.gather(world.run_on_all_ranks(work, "scoring")), dtype=torch.float32)
     if run.config.shuffle_rewards:
         generator = torch.Generator().manual_seed(1_000_003 * run.config.seed + step)
         rewards = rewards[torch.randperm(len(rewards), generator=generator)]
@@ -207,10 +211,10 @@ def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantage
 # ------------------------------------------------------------------------------------------------ the run
 
 
-def train(config: Config, world: World) -> None:
-    """A run from its first step, or from a checkpoint, to the exported model."""
+def train(config: Config, world: World, task: str = "") -> None:
+    """A run from its first step, or from a checkpoint, to the exported model. task: as given to --task."""
     one_step = rl_step if config.mode == "rl" else sft_step
-    with open_run(config, world) as run:
+    with open_run(config, world, task) as run:
         evaluate_if_due(run)
         for step in range(run.completed_steps, run.steps):
             run.stop_request.check()
@@ -222,13 +226,16 @@ def train(config: Config, world: World) -> None:
 
 def main() -> None:
     """Read the settings, join the other processes, train or check."""
-    config = load_config(sys.argv[1:], DEFAULT)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", default="")  # no setting, which a preset could give: the file is run as code
+    options, argv = parser.parse_known_args()
+    config = load_config(argv, DEFAULT)
     with launch(config.device, config.collective_timeout) as world:
         if config.check:
             check_writable(config.run_dir, "run_dir")
-            prepare(config, world, find_checkpoint(Path(config.run_dir), config.resume, world))
+            prepare(config, world, find_checkpoint(Path(config.run_dir), config.resume, world), options.task)
         else:
-            train(config, world)
+            train(config, world, options.task)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def use_rows(kind: str, path: Path, tokenizer: Tokenizer) -> None:
         return
     if kind == "example":
         examples = read_examples(path)
-        demonstrations(examples, tokenizer, True, False)
+        demonstrations(examples, tokenizer, build_messages)
     else:
         examples = {"xlam": convert_xlam, "toolace": convert_toolace}[kind](path, keep_no_call=True).examples
     drop_long(examples, tokenizer, 100)

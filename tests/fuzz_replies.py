@@ -26,11 +26,12 @@ import torch
 
 from tooln1.benchmarks import Case, Verdict, acebench, api_bank, bfcl, examples
 from tooln1.benchmarks.bfcl_data import BfclCase
-from tooln1.data import Rollout
+from tooln1.data import Example, Rollout
 from tooln1.prompt import CALL_CLOSE, CALL_OPEN, MAX_JSON_LENGTH, MAX_JSON_MARKS, THINK_CLOSE, THINK_OPEN, parse_reply
 from tooln1.rewards import REWARDS, fault_of
 from tooln1.run.metrics import Metrics, to_json
 from tooln1.run.reply_metrics import add_reply_metrics
+from tooln1.task import TOOL_N1
 
 KIB_64, MB_10 = 2**16, 10_000_000
 LIMITS = {"small": 0.05, "64 KiB": 0.05, "10 MB": 1.0}  # CPU seconds of one call on a machine of the usual speed
@@ -271,9 +272,9 @@ def check_step(findings: Findings, index: int, rows: list[dict]) -> None:
     """The metrics of a step whose replies are those of `rows`."""
     metrics, rewards = Metrics(), torch.tensor([row["reward"] for row in rows], dtype=torch.float32)
     rollouts = [Rollout(n // 8, n % 8, [0], [0] * (n % 7 + 1), [0.0], n % 5 > 0) for n in range(len(rows))]
-    answers = [json.loads(a) if isinstance(a, str) else a for a in (row["answer"] for row in rows)]
+    measured = [TOOL_N1.metrics(row["reply"], Example("fuzz", "", "", [], [], row["answer"])) for row in rows]
     with metrics.timer("rollout"):
-        add_reply_metrics(metrics, rollouts, [row["reply"] for row in rows], answers, rewards, True, 1)
+        add_reply_metrics(metrics, rollouts, rewards, measured, 1)
     values = metrics.reduced()
     assert abs(values["accuracy"] - values["reward"]) < 1e-6, values  # they are paid by the binary reward
     to_json(values)

@@ -24,6 +24,7 @@ from tooln1.run.checks import (
 )
 from tooln1.run.checks import template as check_template
 from tooln1.run.memory import Estimate, Part
+from tooln1.task import Task
 from tooln1.tokenizer import load_tokenizer
 
 SETTINGS = asdict(Config(prompts_per_step=32, prompts_per_minibatch=16, tokens_per_microbatch=400))
@@ -72,23 +73,23 @@ def dialogue(name, *questions, source="talk"):
 
 def test_examples_without_a_common_row_or_content_do_not_overlap():
     train, held_out = tiny.examples(12)[:8], tiny.examples(12)[8:]
-    worst(train_eval_overlap(train, held_out), "ok", "0 of 4 held-out")
-    worst(train_eval_overlap(train, []), "ok")
+    worst(train_eval_overlap(train, held_out, Task()), "ok", "0 of 4 held-out")
+    worst(train_eval_overlap(train, [], Task()), "ok")
 
 
 def test_a_common_source_row_is_an_overlap():
     train = [dialogue("toolace-1-3", "one"), dialogue("toolace-12-3", "two")]
     held_out = [dialogue("toolace-2-3", "four"), dialogue("toolace-1-5", "three"), dialogue("toolace-1-7", "five")]
-    worst(train_eval_overlap(train, held_out), "warning", "2 of 3", "source row", "the first: toolace-1-5")
+    worst(train_eval_overlap(train, held_out, Task()), "warning", "2 of 3", "source row", "the first: toolace-1-5")
     held_out = [dialogue("xlam-9", "one more"), dialogue("toolace-12-3-irrelevant", "x")]
-    worst(train_eval_overlap(train, held_out), "warning", "1 of 2")
+    worst(train_eval_overlap(train, held_out, Task()), "warning", "1 of 2")
 
 
 def test_the_same_tools_in_any_order_and_first_message_are_an_overlap():
     tools = [{"name": "f"}, {"name": "g"}]
     train = [replace(dialogue("a", "one"), tools=tools), dialogue("b", "two")]
     held_out = [replace(dialogue("c", "one", "more"), tools=tools[::-1]), dialogue("d", "one"), dialogue("e", "six")]
-    worst(train_eval_overlap(train, held_out), "warning", "1 of 3", "the first: c")
+    worst(train_eval_overlap(train, held_out, Task()), "warning", "1 of 3", "the first: c")
 
 
 # --- template, stop ids
@@ -99,10 +100,10 @@ def test_a_sound_template_passes_with_every_reward(place, reward):
     tokenizer = load_tokenizer(place / "model")
     no_call = replace(dialogue("n", "Hi", source="no call"), answer=[])
     examples = [*tiny.examples(9), dialogue("t", "Hi", '{"a": 1}'), no_call]
-    for mode in ("rl", "sft"):
+    for supervised in (True, False):
         for think in (True, False):
-            settings = SETTINGS | {"mode": mode, "think": think, "reward": reward}
-            worst(check_template(tokenizer, examples, settings), "ok", "3 examples")  # one of each source
+            found = check_template(tokenizer, examples, Task(think, reward), supervised)
+            worst(found, "ok", "3 examples")  # one of each source
 
 
 FOR_EACH = "{% for m in messages %}"
@@ -120,15 +121,15 @@ TEMPLATES = [  # what is replaced in the sound template, by what, the level, wor
 def test_what_a_template_changes_is_found(changed, old, new, level, words):
     examples = [*tiny.examples(3), dialogue("t", "Hi ", "42 degrees")]
     tokenizer = changed(tiny.CHAT_TEMPLATE.replace(old, new))
-    worst(check_template(tokenizer, examples, SETTINGS), level, words)
+    worst(check_template(tokenizer, examples, Task(), False), level, words)
 
 
-@pytest.mark.parametrize(("mode", "level"), [("rl", "warning"), ("sft", "error")])
-def test_a_reply_must_end_with_a_stop_id(changed, mode, level):
-    found = list(check_template(changed(stops=[256]), tiny.examples(3), SETTINGS | {"mode": mode}))
+@pytest.mark.parametrize(("supervised", "level"), [(False, "warning"), (True, "error")])
+def test_a_reply_must_end_with_a_stop_id(changed, supervised, level):
+    found = list(check_template(changed(stops=[256]), tiny.examples(3), Task(), supervised))
     worst(found, level, "ends a reply with '<|im_end|>', none of the stop ids")
     letter = changed(stops=[*changed().encode("b"), 258])
-    strict = check_template(letter, tiny.examples(3), SETTINGS | {"mode": mode, "reward": "strict"})
+    strict = check_template(letter, tiny.examples(3), Task(rule="strict"), supervised)
     worst(strict, "warning", "a right reply does not get the full strict reward")
 
 

@@ -16,6 +16,7 @@ import train
 from tooln1.distributed import World
 from tooln1.io.errors import Stopped, UserError
 from tooln1.model import load_model
+from tooln1.rewards import REWARDS
 from tooln1.run import lifecycle
 from tooln1.run.signals import StopRequest
 
@@ -301,7 +302,7 @@ def test_steps_that_are_not_finite_are_skipped_kept_and_end_the_run(place, monke
         return list(load_model(run_dir / "hf").parameters())
 
     start = weights(run(place, "finite", steps=1, learning_rate=1e-12))
-    monkeypatch.setitem(train.REWARDS, "binary", lambda text, answer: float("nan") if "a" in text.lower() else 1.0)
+    monkeypatch.setitem(REWARDS, "binary", lambda text, answer: float("nan") if "a" in text.lower() else 1.0)
     settings, skipped = dict(steps=9, eval_every=0, save_every=1), place / "nan/skipped"
     with pytest.raises(UserError, match=r"3 optimizer steps in a row .* step 2. .*skipped"):
         run(place, "nan", max_bad_steps=3, **settings)

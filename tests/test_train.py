@@ -14,6 +14,8 @@ from tooln1.config import load_config, to_toml
 from tooln1.data import read_examples
 from tooln1.io.errors import Stopped, UserError
 from tooln1.model import load_model
+from tooln1.prompt import build_messages
+from tooln1.rewards import REWARDS
 from tooln1.run.metrics import read_jsonl
 from tooln1.sft import demonstrations, target_text
 from tooln1.tokenizer import load_tokenizer
@@ -76,7 +78,7 @@ def test_a_resumed_run_ends_where_the_whole_one_does(finished, place, capsys):
 
 def test_it_learns_what_is_rewarded(place, monkeypatch):
     """Replies that begin with one of the first letters pay: from a quarter of them to nearly all."""
-    monkeypatch.setitem(train.REWARDS, "binary", lambda text, answer: float(text[:1].lower() in "abcdefghijklm"))
+    monkeypatch.setitem(REWARDS, "binary", lambda text, answer: float(text[:1].lower() in "abcdefghijklm"))
     how = dict(steps=6, group_size=8, prompts_per_minibatch=4, max_reply_tokens=1, learning_rate=1e-2)
     rewards = [row["reward"] for row in measured(run(place, "learns", eval_every=0, save_every=0, **how))]
     assert rewards[0] < 0.5 and rewards[-1] > 0.9, rewards
@@ -96,7 +98,7 @@ DYNAMIC = dict(prompts_per_step=10, prompts_per_minibatch=5, steps=2, save_every
 @pytest.fixture
 def coin(monkeypatch):
     """A reward of which three of four groups of three get unequal values."""
-    monkeypatch.setitem(train.REWARDS, "binary", lambda text, answer: float(sum(text.encode()) % 2))
+    monkeypatch.setitem(REWARDS, "binary", lambda text, answer: float(sum(text.encode()) % 2))
 
 
 def test_dynamic_sampling_replaces_groups_with_equal_rewards(place, coin, monkeypatch):
@@ -137,7 +139,7 @@ def test_dynamic_sampling_stopped_between_rounds_resumes_bit_equal(place, coin, 
 
 
 def test_shuffled_rewards_are_the_same_rewards_elsewhere(place, monkeypatch):
-    monkeypatch.setitem(train.REWARDS, "binary", lambda text, answer: float(len(text) % 7))
+    monkeypatch.setitem(REWARDS, "binary", lambda text, answer: float(len(text) % 7))
     how = dict(steps=1, eval_every=0, save_every=0)
     plain, shuffled = (
         read_jsonl(run(place, f"shuffle-{on}", shuffle_rewards=on, **how) / "rollouts.jsonl") for on in (False, True)
@@ -158,5 +160,5 @@ def test_demonstrations_end_with_the_stop_token(place):
     tokenizer = load_tokenizer(place / "model")
     pairs = read_examples(place / "data.jsonl")
     assert target_text(pairs[3]) == '<tool_call>[{"name": "add", "arguments": {"a": 3, "b": 111}}]</tool_call>'
-    (demonstration,) = demonstrations(pairs[3:4], tokenizer, True)
+    (demonstration,) = demonstrations(pairs[3:4], tokenizer, build_messages)
     assert tokenizer.decode(demonstration.reply) == target_text(pairs[3]) + "<|im_end|>"

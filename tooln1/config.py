@@ -158,12 +158,13 @@ class _Parser(argparse.ArgumentParser):
 def _command_line(preset: str, values: dict[str, Any]) -> _Parser:
     """The parser of `--config` and all settings, whose defaults are `values`, those of `preset`."""
     parser = _Parser(
-        usage="%(prog)s [--config TOML] [--key value ...]",
+        usage="%(prog)s [--config TOML] [--task FILE] [--key value ...]",
         description=f"Defaults are those of the preset {preset}.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="TOML", help="preset of settings to start from")
+    parser.add_argument("--task", metavar="FILE", help="Python file with the reward of another task; it is run as code")
     truth = {"true": True, "false": False}
     convert = {bool: lambda text: truth.get(text.lower(), text)}  # any other text is refused by `checked`
     metavars = {int: "N", float: "X", bool: "true|false", str: "TEXT"}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 
 from tooln1.io.errors import UserError
 from tooln1.io.files import atomic_write
-from tooln1.io.jsonl import field, kind_of, read_rows, shown
+from tooln1.io.jsonl import field as json_field
+from tooln1.io.jsonl import kind_of, read_rows, shown
 
 NOT_JSON = "holds NaN, infinity, half a surrogate pair or very deep nesting"
 
@@ -30,6 +31,7 @@ class Example:
     messages: list[dict]  # {"role": "user" | "assistant" | "tool", "content": str}; never ends with assistant
     answer: list[dict]  # gold calls, each {"name": str, "arguments": dict}; [] where no call is right
     reply: str | None = None  # the text that supervised training imitates, without the stop token; None: the calls
+    extra: dict[str, Any] = field(default_factory=dict)  # further JSON fields of the row, for a task file
 
 
 @dataclass(frozen=True)
@@ -64,44 +66,47 @@ def write_examples(examples: list[Example], path: str | os.PathLike) -> None:
     seen = set()
     with atomic_write(path) as file:
         for example in examples:
-            row = {key: value for key, value in vars(example).items() if key != "reply" or value is not None}
-            checked_example(row, f'{path}, example "{example.id}"', seen)
+            row = {key: value for key, value in vars(example).items() if value not in (None, {})}
+            checked_example(row, f'{path}, example "{example.id}"', seen, bool(example.extra))
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_examples(path: str | os.PathLike) -> list[Example]:
+def read_examples(path: str | os.PathLike, further: bool = False) -> list[Example]:
     """Examples from JSONL (or a JSON array) of objects with exactly the keys of `Example`; "reply" may be left out.
 
+    further: rows may have more keys, which join `Example.extra`.
     Raises UserError naming file, line and reason: broken UTF-8 or JSON, NaN, missing or unknown keys, wrong
     types, ids given twice, answers without name and arguments, no messages, a last message by the assistant.
     """
     seen = set()
-    return [checked_example(row, where, seen) for where, row in read_rows(path)]
+    return [checked_example(row, where, seen, further) for where, row in read_rows(path)]
 
 
-def checked_example(row: dict, where: str, seen: set[str]) -> Example:
+def checked_example(row: dict, where: str, seen: set[str], further: bool = False) -> Example:
     """The Example of a JSON row, or a UserError that begins with `where`. `seen` collects the ids of a file."""
-    known = [part.name for part in fields(Example)]
-    if unknown := sorted(set(row).difference(known)):
-        raise UserError(f"{where}: unknown key {shown(unknown[0])}; an example has {', '.join(known)}")
+    *known, last = [part.name for part in fields(Example)]
+    extra = {key: value for key, value in row.items() if key not in (*known, last)}
+    extra |= json_field({last: {}} | row, last, dict, where)
+    if extra and not further:
+        raise UserError(f"{where}: unknown key {shown(min(extra))}; an example has {', '.join(known)}")
     for key in ("id", "source", "system"):
-        field(row, key, str, where)
+        json_field(row, key, str, where)
     if row.get("reply") is not None:
-        field(row, "reply", str, where)
-    for number, tool in enumerate(field(row, "tools", list, where)):
+        json_field(row, "reply", str, where)
+    for number, tool in enumerate(json_field(row, "tools", list, where)):
         if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
             raise UserError(f'{where}: tools[{number}] must be an object with a "name" that is a string')
-    messages = field(row, "messages", list, where)
+    messages = json_field(row, "messages", list, where)
     for number, message in enumerate(messages):
         place = f"{where}, messages[{number}]"
         if not isinstance(message, dict):
             raise UserError(f"{place}: expected an object, found {kind_of(message)}")
-        field(message, "content", str, place)
-        if (role := field(message, "role", str, place)) not in ("user", "assistant", "tool"):
+        json_field(message, "content", str, place)
+        if (role := json_field(message, "role", str, place)) not in ("user", "assistant", "tool"):
             raise UserError(f"{place}: the role must be user, assistant or tool, found {shown(role)}")
     if not messages or messages[-1]["role"] == "assistant":
         raise UserError(f"{where}: messages must end with a user or tool turn, which the answer answers")
-    for number, call in enumerate(field(row, "answer", list, where)):
+    for number, call in enumerate(json_field(row, "answer", list, where)):
         if not is_call(call) or len(call) > 2:
             raise UserError(f'{where}: answer[{number}] must be {{"name": a string, "arguments": an object}}')
     if not is_storable(row):
@@ -109,7 +114,7 @@ def checked_example(row: dict, where: str, seen: set[str]) -> Example:
     if row["id"] in seen:
         raise UserError(f'{where}: the id "{row["id"][:80]}" was given before; ids must be unique in a file')
     seen.add(row["id"])
-    return Example(**row)
+    return Example(**{key: row[key] for key in known if key in row}, extra=extra)
 
 
 @dataclass(frozen=True)
@@ -154,5 +159,6 @@ def fingerprint(examples: Iterable[Example]) -> str:
     """A hash of examples and their order."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps(vars(example)).encode())
+        row = {key: value for key, value in vars(example).items() if value != {}}
+        digest.update(json.dumps(row).encode())
     return digest.hexdigest()[:16]

@@ -14,7 +14,7 @@ Deviations from the released code:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -281,15 +281,16 @@ def _well_typed(calls: list[dict]) -> bool:
     return all(isinstance(call["name"], str) and isinstance(call["arguments"], dict) for call in calls)
 
 
+def without_stop_token(text: str) -> str:
+    """`text` without the stop token at its end, if there is one."""
+    return next((text.removesuffix(token) for token in STOP_TOKENS if text.endswith(token)), text)
+
+
 def _has_strict_layout(text: str) -> bool:
     """Whether `text` is a think block, then a call block, and besides only whitespace and a stop token."""
     if ASSISTANT_MARKER in text:
         return False
-    text = text.strip()
-    for token in STOP_TOKENS:
-        if text.endswith(token):
-            text = text[: -len(token)].rstrip()
-            break
+    text = without_stop_token(text.strip()).strip()
     if any(text.count(tag) != 1 for tag in (THINK_OPEN, THINK_CLOSE, CALL_OPEN, CALL_CLOSE)):
         return False
     after_thought = text.find(THINK_CLOSE) + len(THINK_CLOSE)
@@ -301,7 +302,7 @@ def drop_long(
     examples: Sequence[Example],
     tokenizer: Tokenizer,
     max_prompt_tokens: int,
-    think: bool = True,
+    messages: Callable[[Example], list[dict]] = build_messages,
     where: str = "",
 ) -> tuple[list[Example], int]:
     """(examples whose rendered prompt has at most `max_prompt_tokens` tokens, number of the others).
@@ -310,8 +311,9 @@ def drop_long(
     """
     kept = []
     for example in tqdm(examples, desc="prompt lengths", unit="prompt", disable=None):
+        asked = messages(example)
         try:
-            prompt = tokenizer.render(build_messages(example, think), add_generation_prompt=True)
+            prompt = tokenizer.render(asked, add_generation_prompt=True)
         except UserError as error:
             raise UserError(f"{where + ', ' if where else ''}example {shown(example.id)}: {error}") from error
         short = len(prompt.encode()) <= max_prompt_tokens  # a token is a byte at least: no need to count

@@ -89,6 +89,7 @@ Fault = Literal[
     "wrong_names",  # as many calls, of other functions
     "wrong_arguments",  # the right functions, and an argument that is not equal
 ]
+FORMAT_FAULTS: tuple[Fault, ...] = ("no_call_block", "bad_json", "bad_format", "no_think")
 
 
 def fault_of(reply_text: str, answer: Calls | str, think: bool = True) -> Fault:

@@ -6,12 +6,12 @@ alone, which is the paper's SFT without reasoning (Table 3, "no-reason SFT").
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tooln1.data import Example, Rollout
 from tooln1.io.errors import UserError
 from tooln1.io.jsonl import shown
-from tooln1.prompt import build_messages, format_reply
+from tooln1.prompt import format_reply
 from tooln1.tokenizer import Tokenizer
 
 
@@ -20,12 +20,15 @@ def target_text(example: Example) -> str:
     return format_reply(example.answer) if example.reply is None else example.reply
 
 
-def demonstrations(examples: Sequence[Example], tokenizer: Tokenizer, think: bool) -> list[Rollout]:
-    """The examples as rollouts to imitate, each a group of its own."""
+def demonstrations(
+    examples: Sequence[Example], tokenizer: Tokenizer, messages: Callable[[Example], list[dict]]
+) -> list[Rollout]:
+    """The examples as rollouts to imitate, each a group of its own. messages: gives the prompt of an example."""
     rollouts = []
     for group, example in enumerate(examples):
+        asked = messages(example)
         try:
-            prompt, target = _tokens(build_messages(example, think), target_text(example), tokenizer)
+            prompt, target = _tokens(asked, target_text(example), tokenizer)
         except UserError as error:
             raise UserError(f"example {shown(example.id)}: {error}") from error
         rollouts.append(Rollout(group, 0, prompt, target, [0.0] * len(target), True))

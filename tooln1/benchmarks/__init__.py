@@ -41,6 +41,7 @@ class Case:
     category: str  # the row of the table it counts in
     example: Example  # what the model is asked; prompt.build_messages renders it
     gold: Any  # JSON: the right answer as the benchmark writes it, shown beside a failure
+    messages: list[dict] = field(default_factory=list, kw_only=True)  # the prompt, where prompt.py does not render it
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Verdict:
     ok: bool
     why: str  # a short, countable name of the first fault, such as "wrong_arguments"; "" when ok
     also: Mapping[str, bool] = field(default_factory=dict)  # another rule -> right by it; has rows of its own
+    reward: float | None = None  # by a task file; it counts, in place of `ok`
 
 
 def row_by_rule(category: str, rule: str) -> str:
@@ -59,9 +61,9 @@ def row_by_rule(category: str, rule: str) -> str:
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts of right replies and of all replies."""
+    """Counts of right replies, or the sum of their rewards by a task file, and of all replies."""
 
-    right: int
+    right: float
     count: int  # at least 1
 
     @property

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 from tooln1.benchmarks import Case, Tally, Verdict
 from tooln1.data import Example, read_examples
 from tooln1.rewards import fault_of
+from tooln1.task import Task
 
 
 def load(path: str | os.PathLike) -> list[Case]:
@@ -33,3 +35,16 @@ def totals(by_category: dict[str, Tally]) -> dict[str, Tally | float]:
     """All examples together."""
     tallies = by_category.values()
     return {"overall": Tally(sum(tally.right for tally in tallies), sum(tally.count for tally in tallies))}
+
+
+def of_task(task: Task) -> SimpleNamespace:
+    """This benchmark for a task file: asked with its messages, and the accuracy is the mean of its reward."""
+
+    def cases(examples: Iterable[Example]) -> list[Case]:
+        return [Case(one.id, one.source, one, one.extra or one.answer, messages=task.messages(one)) for one in examples]
+
+    def verdict(case: Case, completion: str, think: bool = True) -> Verdict:
+        reward = task.reward(completion, case.example)
+        return Verdict(reward > 0, "" if reward > 0 else "no_reward", reward=reward)
+
+    return SimpleNamespace(load=lambda path: cases(task.read(path)), cases_of=cases, score=verdict, totals=totals)

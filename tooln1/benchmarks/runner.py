@@ -26,6 +26,7 @@ from tooln1.io.jsonl import field as json_field
 from tooln1.prompt import build_messages
 from tooln1.sampler.distributed import generate_distributed
 from tooln1.sampler.sampler import Sampler
+from tooln1.task import TOOL_N1, Task
 from tooln1.tokenizer import Tokenizer
 
 # `Prediction.fault`
@@ -60,7 +61,7 @@ class GenerationConfig:
 
     def messages(self, case: Case) -> list[dict]:
         """The chat messages of the prompt for a case."""
-        return build_messages(case.example, self.think, wording=WORDINGS[self.prompt])
+        return case.messages or build_messages(case.example, self.think, wording=WORDINGS[self.prompt])
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,13 @@ class Scored:
     verdict: Verdict
 
 
-def load_benchmarks(arguments: Sequence[str], limit: int = 0, changed: str = "all") -> list[LoadedBenchmark]:
+def load_benchmarks(
+    arguments: Sequence[str], limit: int = 0, changed: str = "all", task: Task = TOOL_N1
+) -> list[LoadedBenchmark]:
     """The benchmarks of `--bench NAME=PATH ...`, of each the first `limit` cases (0: all).
 
     changed: one of CHANGED; applies to a benchmark that lists the cases which changed since the paper.
+    task: that of a file asks and scores the benchmark "examples".
     Raises UserError for an unknown or repeated name and for data that cannot be read.
     """
     loaded: dict[str, LoadedBenchmark] = {}
@@ -95,7 +99,7 @@ def load_benchmarks(arguments: Sequence[str], limit: int = 0, changed: str = "al
             raise UserError(f"--bench takes NAME=PATH, such as examples=heldout.jsonl; found {argument!r}.")
         if name in loaded:
             raise UserError(f"--bench names {name} twice; evaluate the second one in another run.")
-        module = benchmark_module(name)
+        module = examples.of_task(task) if task.file and name == "examples" else benchmark_module(name)
         cases = chosen = module.load(path)
         changed_ids = getattr(module, "CHANGED_SINCE_PAPER", ())
         if changed_ids and changed != "all":
@@ -106,10 +110,11 @@ def load_benchmarks(arguments: Sequence[str], limit: int = 0, changed: str = "al
     return list(loaded.values())
 
 
-def held_out_benchmark(path: str, held_out: Sequence[Example]) -> LoadedBenchmark:
+def held_out_benchmark(path: str, held_out: Sequence[Example], task: Task = TOOL_N1) -> LoadedBenchmark:
     """Held-out training examples as a benchmark with the name "heldout"."""
-    cases = examples.cases_of(held_out)
-    return LoadedBenchmark("heldout", path, examples, cases, cases)
+    module = examples.of_task(task) if task.file else examples
+    cases = module.cases_of(held_out)
+    return LoadedBenchmark("heldout", path, module, cases, cases)
 
 
 def match_predictions(
@@ -209,7 +214,8 @@ def summarise(benchmark: LoadedBenchmark, scored: Sequence[Scored]) -> dict[str,
     """
     by_sample: dict[int, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for row in scored:
-        by_sample[row.sample][row.case.category].append(row.verdict.ok)
+        counts = row.verdict.ok if row.verdict.reward is None else row.verdict.reward
+        by_sample[row.sample][row.case.category].append(counts)
     for row in scored:  # a second loop, so that the rows of other rules come last
         for rule, ok in row.verdict.also.items():
             by_sample[row.sample][row_by_rule(row.case.category, rule)].append(ok)

@@ -51,7 +51,7 @@ def _row(label: str, values: dict[str, Any]) -> tuple[str, str, str]:
     return (
         label,
         f"{values['accuracy']:.3f}{spread}",
-        f"{values['right']}/{values['replies']}" if "right" in values else "",
+        f"{values['right']:g}/{values['replies']}" if "right" in values else "",
     )
 
 

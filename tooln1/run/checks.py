@@ -5,6 +5,7 @@ Each check yields findings: an "error" stops the run, a "warning" is printed, "o
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,11 +17,12 @@ from tooln1.distributed import World
 from tooln1.io.errors import UserError
 from tooln1.io.model_config import ModelConfig
 from tooln1.prepare.split import content_digest, source_row
-from tooln1.prompt import THINK_OPEN, build_messages, format_reply
+from tooln1.prompt import THINK_OPEN, format_reply
 from tooln1.rewards import REWARDS, RULES
 from tooln1.run import memory
 from tooln1.run.metrics import tensorboard_writer
 from tooln1.sft import target_text
+from tooln1.task import Task
 from tooln1.tokenizer import Tokenizer
 
 CHECKPOINT_BYTES = 12  # per parameter: fp32 weights and two fp32 moments
@@ -42,6 +44,7 @@ def check_run(
     tokenizer: Tokenizer,
     examples: Sequence[Example],
     held_out: Sequence[Example],
+    task: Task,
 ) -> None:
     """All checks of a run, on rank 0. Raises UserError on all ranks for an error, and with --check for a warning.
 
@@ -51,7 +54,7 @@ def check_run(
     def check() -> None:
         if settings["tensorboard"]:
             tensorboard_writer()
-        prompt = longest_prompt(tokenizer, examples, settings["think"])
+        prompt = longest_prompt(tokenizer, examples, task)
         reply = settings["max_reply_tokens"]
         if settings["mode"] == "sft":
             reply = max(len(tokenizer.encode(target_text(example))) for example in examples)
@@ -61,8 +64,8 @@ def check_run(
             *schedule(len(examples), settings, world.size),
             *lengths(settings, config.raw.get("max_position_embeddings"), prompt, reply),
             *stop_ids(tokenizer, config.vocab_size),
-            *template(tokenizer, examples, settings),
-            *train_eval_overlap(examples, held_out),
+            *template(tokenizer, examples, task, settings["mode"] == "sft"),
+            *train_eval_overlap(examples, held_out, task),
             *fits_memory(needed, settings, there),
             *disk(settings, config.num_parameters),
         ]
@@ -104,9 +107,9 @@ def schedule(examples: int, settings: Mapping[str, Any], processes: int) -> Iter
     yield Finding("ok", "schedule", text)
 
 
-def longest_prompt(tokenizer: Tokenizer, examples: Iterable[Example], think: bool, counted: int = 256) -> int:
+def longest_prompt(tokenizer: Tokenizer, examples: Iterable[Example], task: Task, counted: int = 256) -> int:
     """Tokens of the longest prompt; only the `counted` prompts with the most bytes are tokenized."""
-    prompts = [tokenizer.render(build_messages(example, think), add_generation_prompt=True) for example in examples]
+    prompts = [tokenizer.render(task.messages(example), add_generation_prompt=True) for example in examples]
     prompts.sort(key=lambda prompt: -len(prompt.encode()))
     return max((len(tokenizer.encode(prompt)) for prompt in prompts[:counted]), default=0)
 
@@ -142,12 +145,12 @@ def stop_ids(tokenizer: Tokenizer, model_vocab_size: int) -> Iterator[Finding]:
         yield Finding("error", "stop ids", text)
 
 
-def template(tokenizer: Tokenizer, examples: Sequence[Example], settings: Mapping[str, Any]) -> Iterator[Finding]:
+def template(tokenizer: Tokenizer, examples: Sequence[Example], task: Task, sft: bool) -> Iterator[Finding]:
     """Whether prompts and right replies survive the chat template and the tokenizer: one example of each source."""
     first = {example.source: example for example in reversed(examples)}
     faults: dict[tuple[str, str], str] = {}
     for example in first.values():
-        for level, text in template_faults(tokenizer, example, settings):
+        for level, text in template_faults(tokenizer, example, task, sft):
             faults.setdefault((level, text), f"{text} (example {example.id}).")
     for (level, _), text in faults.items():
         yield Finding(level, "template", text)
@@ -155,12 +158,13 @@ def template(tokenizer: Tokenizer, examples: Sequence[Example], settings: Mappin
         yield Finding("ok", "template", f"prompts and right replies of {len(first)} examples are unchanged by it.")
 
 
-def template_faults(tokenizer: Tokenizer, example: Example, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def template_faults(tokenizer: Tokenizer, example: Example, task: Task, sft: bool) -> Iterator[tuple[str, str]]:
     """(level, text) for what the template or the tokenizer changes in an example's prompt and a right reply to it."""
-    think, supervised = settings["think"], settings["mode"] == "sft"
-    reward = settings["reward"] if think else "binary_no_think"
-    messages = build_messages(example, think)
-    reply = format_reply(example.answer, "The user wants this." if think else None)
+    think = task.think and not task.file
+    reward = task.rule if think else "binary_no_think"
+    messages = task.messages(example)
+    right = format_reply(example.answer, "The user wants this." if think else None)
+    reply = target_text(example) if task.file else right
     bare, prompt = (tokenizer.render(messages, add_generation_prompt=start) for start in (False, True))
     finished = tokenizer.render([*messages, {"role": "assistant", "content": reply}])
     for role in dict.fromkeys(message["role"] for message in messages if message["content"].strip() not in prompt):
@@ -174,24 +178,31 @@ def template_faults(tokenizer: Tokenizer, example: Example, settings: Mapping[st
         yield "warning", f"the chat template writes {THINK_OPEN} itself: replies lack it, and rewards require it"
     full = RULES[reward].exact_value + RULES[reward].format_value
     stop = tokenizer.decode([tokenizer.stop_ids[0]])
-    if REWARDS[reward](tokenizer.decode(tokenizer.encode(reply + stop)), example.answer) < full:
+    if not task.file and REWARDS[reward](tokenizer.decode(tokenizer.encode(reply + stop)), example.answer) < full:
         yield "warning", f"a right reply does not get the full {reward} reward after tokenization"
     last = tokenizer.encode(finished.rstrip())[-1:]
     if not set(last) & set(tokenizer.stop_ids):
         text = f"the chat template ends a reply with {tokenizer.decode(last)!r}, none of the stop ids"
-        yield "error" if supervised else "warning", f"{text}; add it to eos_token_id in generation_config.json"
-    if supervised and not finished.startswith(prompt):
+        yield "error" if sft else "warning", f"{text}; add it to eos_token_id in generation_config.json"
+    if sft and not finished.startswith(prompt):
         yield "error", "the chat template does not begin a finished reply with its prompt: it cannot be imitated"
 
 
-def train_eval_overlap(train: Sequence[Example], held_out: Sequence[Example]) -> Iterator[Finding]:
+def train_eval_overlap(train: Sequence[Example], held_out: Sequence[Example], task: Task) -> Iterator[Finding]:
     """Held-out examples that share their source row, or their tools and first message, with a training example.
 
-    `prepare.split` keeps these apart. Ids name the source row, so files of different origin need different ids.
+    `prepare.split` keeps these apart. Ids name the source row, so files of different origin need different ids. With a
+    task file they share their whole prompt instead.
     """
-    rows, contents = {source_row(example.id) for example in train}, {content_digest(example) for example in train}
-    shared = [e.id for e in held_out if source_row(e.id) in rows or content_digest(e) in contents]
-    text = f"{len(shared)} of {len(held_out)} held-out examples share their source row, or tools and first message"
+
+    def traits(example: Example) -> set[str]:
+        ours = (source_row(example.id), content_digest(example))
+        return {json.dumps(task.messages(example))} if task.file else set(ours)
+
+    seen = set().union(*map(traits, train))
+    shared = [example.id for example in held_out if traits(example) & seen]
+    what = "prompt" if task.file else "source row, or tools and first message"
+    text = f"{len(shared)} of {len(held_out)} held-out examples share their {what}"
     if shared:
         way_out = "accuracy on them is too high; remove them, or split with python -m tooln1.prepare"
         text = f"{text}, with training examples (the first: {shared[0]}): {way_out}."

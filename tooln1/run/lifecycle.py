@@ -36,7 +36,7 @@ from tooln1.run.setup import Run, build, prepare
 
 
 @contextmanager
-def open_run(config: Config, world: World) -> Iterator[Run]:
+def open_run(config: Config, world: World, task_file: str = "") -> Iterator[Run]:
     """A run ready for its next step: new, or resumed from a checkpoint. Exports the model when the block succeeds.
 
     In the block, SIGTERM and SIGINT end the run with `Stopped` after its completed steps are saved, and memory that
@@ -49,7 +49,7 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
     run_dir = Path(config.run_dir)
     with claimed(run_dir, world), explain_oom(asdict(config)) as set_phase:
         checkpoint = find_checkpoint(run_dir, config.resume, world)
-        run = build(config, world, *prepare(config, world, checkpoint), set_phase)
+        run = build(config, world, *prepare(config, world, checkpoint, task_file), set_phase)
         if checkpoint:
             resume(run, checkpoint)
         how = (config.update_attention, config.tokens_per_microbatch)
@@ -131,14 +131,18 @@ def evaluate_if_due(run: Run) -> None:
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Greedy accuracies, as in eval.py: "heldout_accuracy" (the binary reward), and eval_bench's totals by name."""
+    """Greedy accuracies, as in eval.py: eval_bench's totals by name, and "heldout_accuracy".
+
+    That is the mean of the binary reward, or of a task file's.
+    """
     generation = GenerationConfig(think=run.config.think, max_reply_tokens=run.config.max_reply_tokens)
     stop, found = {"should_stop": run.stop_request.asked, "check": run.stop_request.check}, {}
     for benchmark in run.benchmarks:
         predictions = {}
         for new in generate_predictions(benchmark, run.sampler, run.tokenizer, run.world, generation, **stop):
             predictions |= new
-        found |= totals_by_log_name(benchmark, predictions, generation.think)
+        score = partial(totals_by_log_name, benchmark, predictions, generation.think)
+        found |= run.world.run_on_all_ranks(score, "the evaluation")
     if "heldout_overall" in found:
         found["heldout_accuracy"] = found.pop("heldout_overall")
     return found

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from tooln1.data import Rollout
 from tooln1.grpo import equal_rewards
-from tooln1.rewards import fault_of
 from tooln1.run.metrics import Metrics
 from tooln1.sampler.scheduler import Stats
-
-FORMAT_FAULTS = ("no_call_block", "bad_json", "bad_format", "no_think")
 
 
 def add_reply_metrics(
     metrics: Metrics,
     rollouts: Sequence[Rollout],
-    replies: Sequence[str],
-    answers: Sequence[list[dict]],
     rewards: Tensor,
-    think: bool,
+    measured: Iterable[Mapping[str, float]],
     ranks: int,
 ) -> None:
-    """Add metrics of all replies of a step; each of the `ranks` has all replies and adds the same. rewards: [N].
+    """Add metrics of all replies of a step; each of the `ranks` has all replies and adds the same.
 
-    accuracy is the mean of the binary reward, whatever reward is trained on; format_ok the share of replies whose calls
-    can be parsed.
+    rewards: [N]. measured: the task's own metrics of each reply.
     """
-    faults = [fault_of(*pair, think) for pair in zip(replies, answers, strict=True)]
+    for values in measured:
+        metrics.add_means({name: (value, 1) for name, value in values.items()})
     lengths = [len(rollout.reply) for rollout in rollouts]
     metrics.add_mean("reward", rewards.sum(), len(rollouts))
-    metrics.add_mean("accuracy", faults.count("none"), len(rollouts))
-    metrics.add_mean("format_ok", sum(fault not in FORMAT_FAULTS for fault in faults), len(rollouts))
     metrics.add_mean("truncated_fraction", sum(not rollout.finished for rollout in rollouts), len(rollouts))
     metrics.add_mean("reply_tokens_mean", sum(lengths), len(rollouts))
     metrics.add("reply_tokens_min", "min", min(lengths))

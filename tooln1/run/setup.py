@@ -11,7 +11,7 @@ import torch
 
 from tooln1.benchmarks.runner import LoadedBenchmark, held_out_benchmark, load_benchmarks
 from tooln1.config import SECTION_OF, SETTINGS, Config, checked, known_setting
-from tooln1.data import EpochOrder, Example, fingerprint, read_examples
+from tooln1.data import EpochOrder, Example, fingerprint
 from tooln1.distributed import World, shard
 from tooln1.io import weights
 from tooln1.io.errors import UserError
@@ -22,7 +22,9 @@ from tooln1.run.checkpoint import Checkpoint
 from tooln1.run.checks import check_run
 from tooln1.run.metrics import RunLog
 from tooln1.run.signals import StopRequest
+from tooln1.run.task_file import load_task
 from tooln1.sampler.sampler import Sampler
+from tooln1.task import Task
 from tooln1.tokenizer import Tokenizer, load_tokenizer
 from tooln1.update import PolicyLoss, SupervisedLoss
 
@@ -46,6 +48,7 @@ class Run:
     benchmarks: list[LoadedBenchmark]  # what the policy is evaluated on: held-out examples, eval_bench
     order: EpochOrder
     steps: int
+    task: Task
     stop_request: StopRequest  # set by SIGTERM and SIGINT
     set_phase: Callable[[str], None]  # called with what the run does next, for error messages
     notes: dict  # stored in every checkpoint: settings, fingerprints of data and models
@@ -61,36 +64,38 @@ class Run:
 
 
 def prepare(
-    config: Config, world: World, checkpoint: Checkpoint | None
-) -> tuple[Tokenizer, Sequence, list[LoadedBenchmark], dict]:
-    """Tokenizer, examples, benchmarks and the notes for checkpoints, checked: raises UserError for a faulty run."""
+    config: Config, world: World, checkpoint: Checkpoint | None, task_file: str = ""
+) -> tuple[Task, Tokenizer, Sequence, list[LoadedBenchmark], dict]:
+    """Task, tokenizer, examples, benchmarks, notes for checkpoints, checked: raises UserError for a faulty run."""
     if checkpoint:
         say, processes = print if world.is_main else lambda words: None, (checkpoint.ranks, world.size)
         refuse_changes(checkpoint.notes.get("config", {}), config, str(checkpoint.path), processes, say)
-    tokenizer = load_tokenizer(config.model)
-    examples, benchmarks = load_data(config, world, tokenizer)
+    task, tokenizer = load_task(task_file, config.think, config.reward), load_tokenizer(config.model)
+    examples, benchmarks = load_data(config, world, tokenizer, task)
     frozen = reference_of(config)
-    notes = {"config": asdict(config), "train_data": fingerprint(examples)}
+    notes = {"config": asdict(config), "train_data": fingerprint(examples), "task": task.fingerprint}
     for name, path in (("model", config.model), ("reference_model", frozen)):
         notes[name] = weights.fingerprint(model_files(path)) if path else ""
     if checkpoint:
-        for name, place in (("train_data", config.train_data), ("model", config.model), ("reference_model", frozen)):
-            before, now = checkpoint.notes[name], notes[name]  # "" without a reference model
+        sources = {"train_data": config.train_data, "model": config.model, "reference_model": frozen}
+        for name, place in (sources | {"task": task_file or "Tool-N1, without --task,"}).items():
+            before, now = checkpoint.notes.get(name), notes[name]  # "" without a reference model
             if before and now and before != now and name not in allowed_changes(config):
                 raise UserError(
-                    f"{place} does not hold what {checkpoint.path} was made with: other examples (or others are too "
-                    f"long), other weights or another tokenizer; give those, or allow it with --allow-changes {name}."
+                    f"{place} is not what {checkpoint.path} was made with: another task, other examples (or others "
+                    f"are too long), weights or tokenizer; give those, or allow it with --allow-changes {name}."
                 )
     held_out = [case.example for one in benchmarks if one.name == "heldout" for case in one.chosen]
     shape, reference = read_config(config.model), read_config(frozen) if frozen else None
     settings = resolved(config, shape.num_parameters)
-    check_run(settings, world, shape, reference, tokenizer, examples, held_out)
-    return tokenizer, examples, benchmarks, notes
+    check_run(settings, world, shape, reference, tokenizer, examples, held_out, task)
+    return task, tokenizer, examples, benchmarks, notes
 
 
 def build(
     config: Config,
     world: World,
+    task: Task,
     tokenizer: Tokenizer,
     examples: Sequence[Example],
     benchmarks: list[LoadedBenchmark],
@@ -126,6 +131,7 @@ def build(
         benchmarks=benchmarks,
         order=order,
         steps=config.steps or config.epochs * order.steps_per_epoch(config.prompts_per_step),
+        task=task,
         stop_request=StopRequest(world),
         set_phase=set_phase,
         notes=notes,
@@ -170,10 +176,11 @@ def resolved(config: Config, parameters: int) -> dict[str, Any]:
 
 
 def allowed_changes(config: Config) -> set[str]:
-    """The settings that `allow_changes` names; raises UserError for a name that is none."""
+    """The settings that `allow_changes` names, and "task" for --task; raises UserError for a name that is none."""
     if config.allow_changes == "all":
-        return set(SETTINGS)
-    return {known_setting(name.strip(), "allow_changes") for name in config.allow_changes.split(",") if name.strip()}
+        return {*SETTINGS, "task"}
+    names = {name.strip() for name in config.allow_changes.split(",") if name.strip()}
+    return {name if name == "task" else known_setting(name, "allow_changes") for name in names}
 
 
 def refuse_changes(
@@ -210,16 +217,17 @@ def reference_of(config: Config) -> str:
     return (config.reference_model or config.model) if config.mode == "rl" and config.kl != "off" else ""
 
 
-def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Sequence, list[LoadedBenchmark]]:
+def load_data(config: Config, world: World, tokenizer: Tokenizer, task: Task) -> tuple[Sequence, list[LoadedBenchmark]]:
     """The training examples and what to evaluate on; over-long examples are left out."""
-    keep_short = partial(drop_long, tokenizer=tokenizer, max_prompt_tokens=config.max_prompt_tokens, think=config.think)
-    held_out = read_examples(config.eval_data)[: config.max_eval_examples or None] if config.eval_data else []
+    limits = {"tokenizer": tokenizer, "max_prompt_tokens": config.max_prompt_tokens}
+    keep_short = partial(drop_long, messages=task.messages, **limits)
+    held_out = task.read(config.eval_data)[: config.max_eval_examples or None] if config.eval_data else []
     held_out, held_out_dropped = keep_short(held_out, where=config.eval_data)
-    kept, dropped = keep_short(read_examples(config.train_data), where=config.train_data)
+    kept, dropped = keep_short(task.read(config.train_data), where=config.train_data)
     if not kept:
         raise UserError(f"{config.train_data}: all prompts are over max_prompt_tokens ({config.max_prompt_tokens}).")
     if world.is_main:
         left_out = f"{dropped} and {held_out_dropped} with too long a prompt left out"
         print(f"{len(kept)} training examples, {len(held_out)} held out; {left_out}")
-    benchmarks = [held_out_benchmark(config.eval_data, held_out)] if held_out else []
-    return kept, benchmarks + load_benchmarks([config.eval_bench] if config.eval_bench else [])
+    benchmarks = [held_out_benchmark(config.eval_data, held_out, task)] if held_out else []
+    return kept, benchmarks + load_benchmarks([config.eval_bench] if config.eval_bench else [], task=task)
