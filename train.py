@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from tooln1.batch import PackedBatch, pack, plan_microbatches, split_into_miniba
 from tooln1.config import Config, load_config
 from tooln1.data import Example, Rollout
 from tooln1.distributed import World, copy_weights, launch
-from tooln1.grpo import group_advantages, loss_total
+from tooln1.grpo import equal_rewards, group_advantages, loss_total, rows_to_train_on
 from tooln1.io.errors import exit_on_user_error
 from tooln1.io.files import check_writable
 from tooln1.io.model_config import pair_cost
@@ -31,7 +32,7 @@ from tooln1.run.checkpoint import find_checkpoint
 from tooln1.run.faults import save_skipped_batch
 from tooln1.run.lifecycle import evaluate_if_due, finish_step, metrics_of_step, open_run
 from tooln1.run.metrics import Metrics
-from tooln1.run.reply_metrics import add_reply_metrics, add_sampler_gap, add_sampler_stats
+from tooln1.run.reply_metrics import add_reply_metrics, add_sampler_stats
 from tooln1.run.setup import Run, prepare
 from tooln1.sampler.distributed import generate_distributed
 from tooln1.sft import demonstrations
@@ -46,17 +47,16 @@ DEFAULT = Path(__file__).parent / "configs" / "demo.toml"
 def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
     """One GRPO step: sample groups, score them, compare within each group, update the policy. Returns the replies."""
     config = run.config
-    chosen = run.order.take(step, config.prompts_per_step)
-    examples = [run.examples[i] for i in chosen]
-    with metrics.timer("rollout"):
-        rollouts = sample(run, examples, keys=chosen, step=step)
-    with metrics.timer("reward"):
-        replies, rewards = score(run, rollouts, examples, step)
-        groups = torch.tensor([rollout.group for rollout in rollouts])
-        advantages = group_advantages(rewards, groups, config.advantage_eps, config.scale_by_std)
-    minibatches = split_into_minibatches(rollouts, config.prompts_per_minibatch)
+    examples, rollouts, replies, rewards, position = sample_groups(run, step, metrics)
+    groups = torch.tensor([rollout.group for rollout in rollouts])
+    advantages = group_advantages(rewards, groups, config.advantage_eps, kind=config.advantage)
+    rows = rows_to_train_on(rewards, groups, config.prompts_per_step * config.group_size)
+    minibatches = split_into_minibatches(rollouts, rows, config.prompts_per_minibatch, config.mask_truncated)
     with metrics.timer("logprobs"):
-        batches = [log_probs(run, my_batches(run, rollouts, rows, advantages), metrics) for rows in minibatches]
+        batches = [
+            log_probs(run, my_batches(run, rollouts, rows, advantages), metrics, is_first=rows is minibatches[0])
+            for rows in minibatches
+        ]
     with metrics.timer("update"):
         for rows, mini in zip(minibatches, batches, strict=True):
             lengths = [len(rollouts[row].reply) for row in rows]
@@ -66,8 +66,7 @@ def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
         copy_weights(run.policy, run.sampler.model)
     answers = [examples[rollout.group].answer for rollout in rollouts]
     add_reply_metrics(metrics, rollouts, replies, answers, rewards, config.think, run.world.size)
-    add_sampler_stats(metrics, run.sampler.stats)
-    add_sampler_gap(metrics, rollouts, [batch for mini in batches for batch in mini])
+    run.position = position
     return [
         {"id": examples[rollout.group].id, "reward": reward, "reply": reply, "answer": answer}
         for rollout, reward, reply, answer in zip(rollouts, rewards.tolist(), replies, answers, strict=True)
@@ -77,16 +76,50 @@ def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
 def sft_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
     """One supervised step: cross-entropy of written replies, on the same packed batches. There are no new replies."""
     config = run.config
-    examples = [run.examples[i] for i in run.order.take(step, config.prompts_per_step)]
+    chosen, position = run.order.take(run.position, config.prompts_per_step)
+    examples = [run.examples[i] for i in chosen]
     with metrics.timer("update"):
         rollouts = demonstrations(examples, run.tokenizer, config.think)
-        for rows in split_into_minibatches(rollouts, config.prompts_per_minibatch):
+        for rows in split_into_minibatches(rollouts, range(len(rollouts)), config.prompts_per_minibatch):
             total = sum(len(rollouts[row].reply) for row in rows)
             update(run, my_batches(run, rollouts, rows, torch.zeros(len(rollouts))), rollouts, total, step, metrics)
+    run.position = position
     return []
 
 
 # ------------------------------------------------------------------------------------------------ its parts
+
+
+def sample_groups(
+    run: Run, step: int, metrics: Metrics
+) -> tuple[list[Example], list[Rollout], list[str], torch.Tensor, int]:
+    """Examples, rollouts, their texts and rewards [N] of a step, and the position in the order behind its prompts.
+
+    dynamic_sampling: in up to so many further rounds, each prompt whose replies all got one reward is made up for by
+    the order's next one (DAPO, arXiv 2503.14476, Sec. 3.2). Where few prompts teach anything, because most are solved
+    always or never; it costs replies.
+    """
+    config, missing, position = run.config, run.config.prompts_per_step, run.position
+    examples, rollouts, replies, rewards = [], [], [], torch.empty(0)
+    for sampling_round in range(1 + config.dynamic_sampling):
+        chosen, position = run.order.take(position, missing)
+        more = [run.examples[i] for i in chosen]
+        with metrics.timer("rollout"):
+            # A step that spans two epochs can meet an example again: in another round, so with other random numbers.
+            sampled = sample(run, more, keys=[i + sampling_round * len(run.examples) for i in chosen], step=step)
+        with metrics.timer("reward"):
+            texts, scores = score(run, sampled, more, step)
+        rollouts += [replace(rollout, group=rollout.group + len(examples)) for rollout in sampled]
+        examples, replies, rewards = examples + more, replies + texts, torch.cat([rewards, scores])
+        add_sampler_stats(metrics, run.sampler.stats)
+        metrics.add("sampling_rounds", "max", sampling_round + 1)
+        metrics.add("prompts_drawn", "max", len(examples))
+        metrics.add("replies_sampled", "max", len(rollouts))
+        equal = equal_rewards(scores, torch.tensor([rollout.group for rollout in sampled]))
+        missing = int(equal.sum()) // config.group_size
+        if not missing:
+            break
+    return examples, rollouts, replies, rewards, position
 
 
 def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> list[Rollout]:
@@ -125,12 +158,13 @@ def score(run: Run, rollouts: list[Rollout], examples: list[Example], step: int)
     return replies, rewards
 
 
-def log_probs(run: Run, batches: list[PackedBatch], metrics: Metrics) -> list[PackedBatch]:
-    """The batches with the log-probs of the policy before the update, and of the reference."""
+def log_probs(run: Run, batches: list[PackedBatch], metrics: Metrics, is_first: bool) -> list[PackedBatch]:
+    """The batches with the log-probs of the reference and, where the loss cannot have them anyway, of the policy."""
     config = run.config
+    policy = None if is_first or config.old_logprobs == "sampler" else run.policy
     metrics.add_tokens("logprobs", sum(len(batch.tokens) for batch in batches))
     batches, sums = add_logprobs(
-        batches, run.policy, run.reference, config.temperature, config.logprob_chunk_tokens, run.stop_request.check
+        batches, policy, run.reference, config.temperature, config.logprob_chunk_tokens, run.stop_request.check
     )
     metrics.add_means(sums)
     return batches
@@ -161,7 +195,7 @@ def update(
 def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantages: torch.Tensor) -> list[PackedBatch]:
     """This rank's micro-batches of the mini-batch `rows`; every rank makes the same plan and takes its share."""
     config = run.config
-    only_policy_term = config.mode == "rl" and not (config.kl_coef or config.entropy_coef)
+    only_policy_term = config.mode == "rl" and config.kl == "off" and not config.entropy_coef
     if only_policy_term and config.loss_aggregation != "microbatch_token_mean":
         # An advantage of 0 leaves nothing to learn (groups with equal rewards); the loss's total still counts it.
         rows = [row for row in rows if advantages[row] != 0]

@@ -90,19 +90,21 @@ class Ours:
         """The replies, each as long as the workload says."""
         return self.sampler.generate(self.work.prompts, GROUP, TEMPERATURE, self.work.lengths, step=step)
 
-    def batches(self, rollouts: list[Rollout], rows: list[int], budget: int) -> list[PackedBatch]:
-        """The micro-batches of a mini-batch, with advantages, old and reference log-probs."""
+    def batches(self, rollouts: list[Rollout], rows: list[int], budget: int, first: bool = False) -> list[PackedBatch]:
+        """The micro-batches of a mini-batch, with advantages, reference and, but of the first one, old log-probs."""
         advantages = group_advantages(self.work.rewards, torch.tensor([rollout.group for rollout in rollouts]))
         packed = [pack(rollouts, share, advantages) for share in plan_microbatches(rollouts, rows, budget, 1)[0]]
-        return add_logprobs(packed, self.policy, self.reference, TEMPERATURE, CHUNK)[0]
+        return add_logprobs(packed, None if first else self.policy, self.reference, TEMPERATURE, CHUNK)[0]
 
     def step(self, number: int) -> dict[str, float]:
         """One whole step; its seconds by phase."""
         seconds = dict.fromkeys(PHASES, 0.0)
         rollouts = timed(seconds, "rollout", self.sample, number)
         assert [len(rollout.reply) for rollout in rollouts] == self.work.lengths
-        shares = split_into_minibatches(rollouts, len(self.work.prompts) // UPDATES)
-        minibatches = [timed(seconds, "logprobs", self.batches, rollouts, rows, self.budget) for rows in shares]
+        shares = split_into_minibatches(rollouts, range(len(rollouts)), len(self.work.prompts) // UPDATES)
+        minibatches = [
+            timed(seconds, "logprobs", self.batches, rollouts, rows, self.budget, rows is shares[0]) for rows in shares
+        ]
         for batches in minibatches:
             total = sum(len(batch.targets) for batch in batches)
             timed(seconds, "update", optimizer_step, self.policy, self.optimizer, batches, self.loss, total, 1.0, RATE)
@@ -198,7 +200,7 @@ def recorded(ours: Ours) -> tuple[list[Rollout], list[PackedBatch]]:
     """Rollouts; and micro-batches of a mini-batch, with noise on old and reference log-probs: ratios away from 1."""
     torch.manual_seed(0)
     work, rollouts = ours.work, ours.sample(step=0)
-    rows = split_into_minibatches(rollouts, len(work.prompts) // UPDATES)[0]
+    rows = split_into_minibatches(rollouts, range(len(rollouts)), len(work.prompts) // UPDATES)[0]
     batches = ours.batches(rollouts, rows, budget=max(map(len, work.prompts)) + 2 * max(work.lengths))
     assert len(batches) > 1, "a single micro-batch would not show a wrong denominator"
     for i, batch in enumerate(batches):

@@ -1,11 +1,13 @@
 """Packing: the worked example, plans that fit, and shared prompts that change nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import reference
 
 from tooln1.attention import FlexPackedAttention, PackedAttention, Segment, attention
-from tooln1.batch import pack, plan_microbatches
+from tooln1.batch import pack, plan_microbatches, split_into_minibatches
 from tooln1.data import Rollout
 from tooln1.grpo import token_logprobs
 from tooln1.model import load_model
@@ -42,6 +44,15 @@ def test_the_worked_example_of_the_docstring():
 def test_no_rows_give_one_idle_token():
     batch = pack([], [], torch.zeros(0))
     assert batch.tokens.tolist() == [0] and len(batch.targets) == 0 and batch.segments == (Segment(0, 1, ()),)
+
+
+def test_minibatches_are_whole_groups_without_the_replies_that_are_masked():
+    rollouts = [rollout(group, sample, [1], [2]) for group in range(4) for sample in range(2)]
+    rollouts = [replace(one, finished=row not in (1, 4, 5)) for row, one in enumerate(rollouts)]
+    assert split_into_minibatches(rollouts, range(8), 2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert split_into_minibatches(rollouts, [2, 3, 6, 7], 1) == [[2, 3], [6, 7]]
+    assert split_into_minibatches(rollouts, range(8), 2, mask_truncated=True) == [[0, 2, 3], [6, 7]]
+    assert split_into_minibatches(rollouts, range(8), 1, mask_truncated=True) == [[0], [2, 3], [], [6, 7]]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])

@@ -266,21 +266,24 @@ def test_split_share():
 
 def test_epochs_are_permutations_and_no_step_spans_two():
     order = EpochOrder(n=10, seed=0)
-    epochs = [[order.take(step, 3) for step in range(3 * e, 3 * e + 3)] for e in range(20)]
+    epochs = [[order.take(10 * e + start, 3)[0] for start in (0, 3, 6)] for e in range(20)]
     assert all(len(set(sum(epoch, []))) == 9 for epoch in epochs) and len(set(map(str, epochs))) == 20
     assert set(sum(sum(epochs, []), [])) == set(range(10))  # each epoch leaves out another example
 
 
-def test_order_is_a_function_of_seed_step_and_count():
-    expected = [EpochOrder(7, 1).take(step, 2) for step in range(20)]
-    assert [EpochOrder(7, 1).take(step, 2) for step in (19, 3, 0)] == [expected[step] for step in (19, 3, 0)]
-    assert [EpochOrder(7, 2).take(step, 2) for step in range(20)] != expected
+def test_order_is_a_function_of_seed_and_position():
+    expected = [EpochOrder(7, 1).take(position, 2) for position in range(60)]
+    assert [EpochOrder(7, 1).take(position, 2) for position in (59, 3, 0)] == [expected[at] for at in (59, 3, 0)]
+    assert [EpochOrder(7, 2).take(position, 2) for position in range(60)] != expected
     # the same permutation for every count, and on every machine: numpy's raw PCG64 stream
-    assert sum((EpochOrder(7, 1).take(step, 1) for step in range(7)), []) == [2, 4, 5, 0, 6, 3, 1]
-    assert EpochOrder(7, 1).take(0, 7) == [2, 4, 5, 0, 6, 3, 1]
+    assert [EpochOrder(7, 1).take(position, 1)[0][0] for position in range(7)] == [2, 4, 5, 0, 6, 3, 1]
+    assert EpochOrder(7, 1).take(0, 7) == ([2, 4, 5, 0, 6, 3, 1], 7)
+    # 4 of 7 are taken: two more are there, three are not, and come from the next epoch
+    assert EpochOrder(7, 1).take(4, 2) == ([6, 3], 6)
+    assert EpochOrder(7, 1).take(4, 4) == (EpochOrder(7, 1).take(7, 4)[0], 11)
     for count in (0, 8):
         with pytest.raises(UserError):
-            EpochOrder(7, 0).take(0, count)
+            EpochOrder(7, 0).steps_per_epoch(count)
 
 
 # ---- reference data ----

@@ -199,12 +199,13 @@ def test_a_run_stopped_anywhere_ends_as_an_undisturbed_one(place, undisturbed, m
 def test_ranks_stopped_between_micro_batches_save_the_step_before(start, place):
     """The unsharded weights and gradients that FSDP holds at that moment do not get into the checkpoint.
 
-    A step has two micro-batches a rank, and so six forward passes: policy, reference, update.
+    A step has two mini-batches of four micro-batches a rank, and so 20 forward passes: the reference; the policy, from
+    the second mini-batch on, and the reference; two updates.
     """
-    settings = dict(prompts_per_minibatch=4, tokens_per_microbatch=1500, accumulate_unsharded="on", keep_checkpoints=3)
+    settings = dict(prompts_per_minibatch=2, tokens_per_microbatch=1000, accumulate_unsharded="on", keep_checkpoints=3)
     announcing = partial(start, script="tests/announcing_train.py", steps=3, eval_every=0, **settings)
     assert announcing("not-stopped-2", save_every=1).end()[0] == 0
-    for phase, number in (("logprobs", 7), ("reference", 9), ("update", 11)):
+    for phase, number in (("reference", 22), ("logprobs", 26), ("update", 34)):
         code, text = announcing(f"stopped-in-{phase}", save_every=0, stop_in=f"forward:{number}").end()
         assert code == 1 and "stopped after step 1 of 3" in text, text
         assert text.count("[forward]") == number
@@ -282,7 +283,7 @@ def test_resuming_from_an_older_checkpoint_sets_the_later_ones_aside(place, monk
 @pytest.mark.parametrize(
     "function,words",
     [
-        ("optimizer_step", r"\(step 1, update\): CUDA .*tokens_per_microbatch \(5000\).*kl_coef \(0.001\)"),
+        ("optimizer_step", r"\(step 1, update\): CUDA .*tokens_per_microbatch \(5000\).*kl \(k3\)"),
         ("generate_distributed", r"\(step 1, rollout\).*max_num_seqs \(0\).*max_reply_tokens \(12\)"),
     ],
 )
@@ -311,7 +312,8 @@ def test_steps_that_are_not_finite_are_skipped_kept_and_end_the_run(place, monke
     replies = measured(skipped, files[-1])
     assert len(replies) == 6 and {row["advantage"] for row in replies} >= {None}
     for row in replies:
-        assert len(row["sampler_logprobs"]) == len(row["old_logprobs"]) > 0
+        assert len(row["sampler_logprobs"]) > 0 and row["old_logprobs"] is None  # the step's first mini-batch
+    assert all(len(row["old_logprobs"]) == len(row["sampler_logprobs"]) for row in measured(skipped, files[1]))
     monkeypatch.undo()
     run(place, "nan", resume="auto", max_bad_steps=3, **(settings | dict(steps=1)))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(place / "nan"), start, strict=True))

@@ -11,8 +11,22 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tooln1 import grpo
-from tooln1.grpo import aggregate, clipped_policy_loss, clipped_tokens, group_advantages, k3_kl, token_logprobs
+from tooln1.grpo import (
+    POLICY_LOSSES,
+    SAMPLER_CORRECTIONS,
+    aggregate,
+    cispo_policy_loss,
+    clipped_policy_loss,
+    clipped_tokens,
+    equal_rewards,
+    group_advantages,
+    k1_kl,
+    k2_kl,
+    k3_kl,
+    loss_total,
+    rows_to_train_on,
+    token_logprobs,
+)
 
 
 @cache
@@ -20,6 +34,7 @@ def load(name):
     """Reference cases of a file: {case: {key: tensor or number}}."""
     tensors = load_file(reference(f"grpo/{name}.safetensors"))
     cases = json.loads(reference(f"grpo/{name}.json").read_text())
+    cases = cases.get("cases", cases)
     for key, tensor in tensors.items():
         case, _, rest = key.partition("/")
         cases[case][rest] = tensor
@@ -70,9 +85,27 @@ def test_a_group_of_one_keeps_its_reward_and_order_does_not_matter():
     torch.testing.assert_close(group_advantages(rewards[order], groups[order]), expected)
 
 
-def test_zero_variance_share():
-    rewards, groups = torch.tensor([1.0, 0, 1, 1, 0, 0, 0]), torch.tensor([0, 0, 1, 1, 2, 2, 2])
-    assert grpo.zero_variance_groups(rewards, groups).item() == pytest.approx(2 / 3)
+@pytest.mark.parametrize(
+    ("kind", "solved_once", "of_two"),  # rewards 1, 0, 0, 0 and 3, 1
+    [
+        ("std", [1.5, -0.5, -0.5, -0.5], [0.5**0.5, -(0.5**0.5)]),
+        ("mean", [0.75, -0.25, -0.25, -0.25], [1, -1]),
+        ("leave_one_out", [1, -1 / 3, -1 / 3, -1 / 3], [2, -2]),
+        ("max_rl", [3, -1, -1, -1], [0.5, -0.5]),
+    ],
+)
+def test_kinds_of_advantages_by_hand(kind, solved_once, of_two):
+    rewards = torch.tensor([1.0, 0, 0, 0, 3, 1, 0, 0, 5, 5], dtype=torch.float64)
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 3, 3])
+    want = torch.tensor([*solved_once, *of_two, 0, 0, 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(group_advantages(rewards, groups, kind=kind), want, rtol=1e-5, atol=0)
+
+
+def test_groups_with_equal_rewards_are_trained_on_only_to_fill_up():
+    rewards, groups = torch.tensor([1.0, 1, 0, 1, 0, 0, 1, 0]), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    assert equal_rewards(rewards, groups).tolist() == [True, True, False, False, True, True, False, False]
+    assert rows_to_train_on(rewards, groups, 4) == [2, 3, 6, 7]
+    assert rows_to_train_on(rewards, groups, 6) == [0, 1, 2, 3, 6, 7]
 
 
 @pytest.mark.parametrize("name", names("dev"))
@@ -119,6 +152,8 @@ def test_loss_and_kl_of_the_released_code(name):
     close(clipped, case["tn.pg_clipfrac"], 1e-6)
     close(aggregate(old - case["in.logprobs"], mask), case["tn.ppo_kl"], 1e-7)
     close(aggregate(case["in.entropy"], mask), case["tn.entropy_loss"], 1e-7)
+    close(aggregate(k1_kl(case["in.logprobs"], ref), mask), case["tn.kl_mean.kl"], 1e-7)
+    close(aggregate(k2_kl(case["in.logprobs"], ref), mask), case["tn.kl_mean.mse"], 1e-7)
     inside = mask.bool()
     close(k3_kl(case["in.logprobs"], ref)[inside], case["tn.kld_low_var"][inside], 1e-7)
 
@@ -206,6 +241,65 @@ def test_loss_of_trl(name):
             close(grad, case[key], 1e-6, 1e-10)
             checked += 1
     assert checked
+
+
+OPTIONS = {  # TRL's name -> policy loss, clip_low, clip_high, correction, its cap, weight of the KL, aggregation
+    "gspo.eps3e-4_4e-4": ("gspo", 3e-4, 4e-4, "off", 0, 0, "sequence_mean_token_mean"),
+    "gspo.eps0.2": ("gspo", 0.2, 0.2, "off", 0, 0, "sequence_mean_token_mean"),
+    "cispo.max5": ("cispo", 1, 4, "off", 0, 0, "token_mean"),
+    "cispo.max1.28": ("cispo", 1, 0.28, "off", 0, 0, "token_mean"),
+    "tis.token_truncate2.dapo": ("clipped", 0.2, 0.2, "truncated", 2, 0, "token_mean"),
+    "tis.token_truncate2.dapo_beta1e-3": ("clipped", 0.2, 0.2, "truncated", 2, 1e-3, "token_mean"),
+    "tis.sequence_mask3.dapo": ("clipped", 0.2, 0.2, "sequence_mask", 3, 0, "token_mean"),
+    "tis.sequence_mask3.grpo": ("clipped", 0.2, 0.2, "sequence_mask", 3, 0, "sequence_mean_token_mean"),
+}
+
+
+@pytest.mark.parametrize("name", names("options_dev"))
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_trl(name, option):
+    policy_loss, low, high, correction, cap, beta, how = OPTIONS[option]
+    case, (level, loss_of) = load("options_dev")[name], POLICY_LOSSES[policy_loss]
+    mask, advantages = case["in.mask"].bool(), case["in.adv"][:, None]
+    logprobs = case["in.logp"].clone().requires_grad_()
+    old, sampled, ref = (torch.where(mask, case[f"in.{key}"], 0.0) for key in ("old", "samp", "ref"))
+    weights = SAMPLER_CORRECTIONS[correction](old - sampled, cap)
+    values = weights * loss_of(level(logprobs, mask), level(old, mask), advantages, low, high)
+    loss = aggregate(values + beta * k3_kl(logprobs, ref, max_kl=None), mask, how)
+    (grad,) = torch.autograd.grad(loss, logprobs)
+    close(loss.detach(), case[f"{option}.loss"], 1e-7)
+    close(grad, case[f"{option}.grad"], 1e-7)
+    if f"{option}.weight" in case:
+        close(weights[mask], case[f"{option}.weight"][mask], 1e-7)
+
+
+def test_options_by_hand():
+    old, new = torch.tensor([[-2.0, -2.0, 9.0]]), torch.tensor([[-1.0, -2.5, -9.0]], requires_grad=True)
+    mask, advantage = torch.tensor([[True, True, False]]), torch.tensor([[2.0]])
+    level, loss_of = POLICY_LOSSES["gspo"]
+    gspo = loss_of(level(new, mask), level(old, mask), advantage, 0.2, 0.3)
+    torch.testing.assert_close(gspo, torch.full((1, 3), -2.0 * torch.e**0.25))  # mean of 1 and -0.5; below 1.3
+    (grad,) = torch.autograd.grad(gspo[mask].mean(), new)
+    torch.testing.assert_close(grad, torch.tensor([[-(torch.e**0.25), -(torch.e**0.25), 0.0]]))
+    cispo, low = cispo_policy_loss(new, old, advantage, 0.5, 0.3)[mask], torch.e**-0.5
+    torch.testing.assert_close(cispo, torch.tensor([-1.3 * 2 * -1.0, -low * 2 * -2.5]))
+    (grad,) = torch.autograd.grad(cispo.sum(), new)
+    torch.testing.assert_close(grad, torch.tensor([[-2.6, -2 * low, 0.0]]))  # the clip would leave the second only
+    bounded = cispo_policy_loss(new, old, advantage, 0.2, 0.3)[mask]
+    torch.testing.assert_close(bounded, torch.tensor([-1.3 * 2 * -1.0, -0.8 * 2 * -2.5]))
+    log_ratio = torch.tensor([[1.0, -0.5, 0.0], [0.2, 0.1, 0.0]])
+    truncated = torch.tensor([[2.0, torch.e**-0.5, 1.0], [torch.e**0.2, torch.e**0.1, 1.0]])
+    torch.testing.assert_close(SAMPLER_CORRECTIONS["truncated"](log_ratio, 2.0), truncated)
+    masked = torch.tensor([[0.0] * 3, [torch.e**0.3] * 3])
+    torch.testing.assert_close(SAMPLER_CORRECTIONS["sequence_mask"](log_ratio, 1.5), masked)
+    assert loss_total("token_mean", [], 8) == 1
+
+
+@pytest.mark.parametrize("estimate", [k1_kl, k2_kl, k3_kl])
+def test_kl_estimates_by_hand(estimate):
+    d = torch.tensor([0.5, -1.0])
+    want = {k1_kl: -d, k2_kl: d**2 / 2, k3_kl: d.exp() - d - 1}[estimate]
+    torch.testing.assert_close(estimate(torch.tensor([-2.0, -1.0]), torch.tensor([-1.5, -2.0])), want)
 
 
 def test_aggregations_by_hand():

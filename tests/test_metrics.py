@@ -74,6 +74,21 @@ def test_timers_add_up_the_slowest_rank_counts_and_divides_the_tokens_of_all(mon
 # --- the console line
 
 
+def test_the_console_explains_once_why_nothing_is_learned(tmp_path, capsys):
+    log = RunLog(tmp_path, 99)
+    log.step(1, {"zero_variance_fraction": 0.99, "accuracy": 0.1})
+    for step in range(2, 11):
+        log.step(step, {"zero_variance_fraction": 0.5, "accuracy": 0.0})
+        log.step(step, {"heldout_accuracy": 0.0})  # an evaluation
+    assert "note:" not in capsys.readouterr().out
+    log.step(11, {"zero_variance_fraction": 1.0, "accuracy": 0.0})
+    text = capsys.readouterr().out
+    assert text.count("note:") == 2 and "dynamic_sampling" in text and "no reply of 10 steps" in text
+    for step in range(12, 32):
+        log.step(step, {"zero_variance_fraction": step % 2, "accuracy": 0.0})
+    assert "note:" not in capsys.readouterr().out
+
+
 # --- JSON lines
 
 

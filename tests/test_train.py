@@ -1,5 +1,7 @@
 """The loop end to end on a tiny model: what it writes, that it learns, resumes and agrees with itself."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from tiny import measured, run
 import train
 from tooln1.config import load_config, to_toml
 from tooln1.data import read_examples
-from tooln1.io.errors import UserError
+from tooln1.io.errors import Stopped, UserError
 from tooln1.model import load_model
 from tooln1.run.metrics import read_jsonl
 from tooln1.sft import demonstrations, target_text
@@ -78,6 +80,60 @@ def test_it_learns_what_is_rewarded(place, monkeypatch):
     how = dict(steps=6, group_size=8, prompts_per_minibatch=4, max_reply_tokens=1, learning_rate=1e-2)
     rewards = [row["reward"] for row in measured(run(place, "learns", eval_every=0, save_every=0, **how))]
     assert rewards[0] < 0.5 and rewards[-1] > 0.9, rewards
+
+
+def test_replies_that_were_cut_off_count_neither_in_the_loss_nor_in_its_denominator(place, monkeypatch):
+    counted = []
+    monkeypatch.setattr(train, "loss_total", lambda how, lengths, cap: counted.append(len(lengths)) or 1)
+    folder = run(place, "masked", steps=1, eval_every=0, mask_truncated=True, max_reply_tokens=300)
+    finished = [row["reply"].endswith(("<|im_end|>", "<|endoftext|>")) for row in read_jsonl(folder / "rollouts.jsonl")]
+    assert len(counted) == 2 and 0 < sum(counted) == sum(finished) < 12
+
+
+DYNAMIC = dict(prompts_per_step=10, prompts_per_minibatch=5, steps=2, save_every=0, eval_every=9, dynamic_sampling=4)
+
+
+@pytest.fixture
+def coin(monkeypatch):
+    """A reward of which three of four groups of three get unequal values."""
+    monkeypatch.setitem(train.REWARDS, "binary", lambda text, answer: float(sum(text.encode()) % 2))
+
+
+def test_dynamic_sampling_replaces_groups_with_equal_rewards(place, coin, monkeypatch):
+    trained, rows_of = [], train.rows_to_train_on
+    monkeypatch.setattr(
+        train, "rows_to_train_on", lambda *how: trained.append((how[0], rows_of(*how))) or trained[-1][1]
+    )
+    folder, drawn = run(place, "dynamic", **DYNAMIC), 0
+    for row, (rewards, rows) in zip(measured(folder), trained, strict=True):
+        unequal = [0 < sum(group) < 3 for group in rewards.view(-1, 3).tolist()]
+        assert row["prompts_drawn"] == len(unequal) and row["replies_sampled"] == len(rewards)
+        assert row["zero_variance_fraction"] == pytest.approx(1 - sum(unequal) / len(unequal))
+        assert len(rows) == 30 and all(unequal[row // 3] for row in rows)
+        assert 1 < row["sampling_rounds"] < 5
+        drawn += len(unequal)
+    replies = [(row["step"], row["id"], row["reply"]) for row in read_jsonl(folder / "rollouts.jsonl")]
+    assert len(replies) == 3 * drawn > 3 * 2 * 12  # more than there are examples: some are met again, in other rounds,
+    assert len(set(replies)) == len(replies)  # and answered anew
+
+
+def test_dynamic_sampling_stopped_between_rounds_resumes_bit_equal(place, coin, monkeypatch):
+    calls, sample, whole = [], train.sample, run(place, "dynamic-whole", **DYNAMIC)
+
+    def signalled(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(train, "sample", signalled)
+        run(place, "dynamic-stopped", **DYNAMIC)
+    assert len(measured(place / "dynamic-stopped")) == 1
+    run(place, "dynamic-stopped", resume="auto", **DYNAMIC)
+    for log in ("metrics.jsonl", "rollouts.jsonl"):
+        assert measured(place / "dynamic-stopped", log) == measured(whole, log)
+    assert all(map(torch.equal, weights(place / "dynamic-stopped"), weights(whole)))
 
 
 def test_shuffled_rewards_are_the_same_rewards_elsewhere(place, monkeypatch):

@@ -138,15 +138,19 @@ def gradient(recorded, loss):
     return result, torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-CUTS = [  # aggregation, micro-batch budget, whether replies share their prompt
-    *((how, 20, True) for how in AGGREGATIONS if how != "microbatch_token_mean"),
-    *(("token_mean", budget, share) for budget, share in ((60, True), (10_000, False), (20, False))),
+CUTS = [  # aggregation, micro-batch budget, whether replies share their prompt, other settings of the loss
+    *((how, 20, True, {}) for how in AGGREGATIONS if how != "microbatch_token_mean"),
+    *(("token_mean", budget, share, {}) for budget, share in ((60, True), (10_000, False), (20, False))),
+    ("sequence_mean_token_mean", 20, True, {"policy_loss": "gspo", "kl": "k2", "clip_low": 1e-8, "clip_high": 1e-8}),
+    ("token_mean", 20, True, {"policy_loss": "cispo", "kl": "k1", "sampler_correction": "truncated"}),
+    ("token_mean", 20, True, {"sampler_correction": "sequence_mask", "sampler_ratio_cap": 1e9}),
+    ("token_mean", 20, True, {"old_logprobs": "sampler"}),
 ]
 
 
-@pytest.mark.parametrize("aggregation,budget,share", CUTS)
-def test_how_a_minibatch_is_cut_does_not_change_its_gradient(aggregation, budget, share):
-    loss = PolicyLoss(aggregation=aggregation, entropy_coef=0.01, chunk=16)
+@pytest.mark.parametrize("aggregation,budget,share,options", CUTS)
+def test_how_a_minibatch_is_cut_does_not_change_its_gradient(aggregation, budget, share, options):
+    loss = PolicyLoss(aggregation=aggregation, entropy_coef=0.01, chunk=16, **options)
     double = dict(aggregation=aggregation, dtype=torch.float64)
     want, want_gradient = gradient(recorded_batches(**double), loss)
     got, got_gradient = gradient(recorded_batches(budget, share=share, **double), loss)
@@ -163,6 +167,43 @@ def test_the_released_aggregation_does_depend_on_the_cut():
     _, one = gradient(recorded_batches(aggregation=loss.aggregation), loss)
     _, other = gradient(recorded_batches(20, loss.aggregation), loss)
     assert (one - other).norm() / one.norm() > 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"policy_loss": "gspo"}, {"policy_loss": "cispo"}])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_first_minibatch_needs_no_old_logprobs(options, recompute):
+    """Bit for bit the same losses, metrics and weights with the policy's pass before the update and without it."""
+    loss, results = PolicyLoss(sampler_correction="truncated", **options), []
+    for with_old_pass in (True, False):
+        model, batches, total = recorded_batches(40)
+        for block in model.model.layers:
+            block.recompute = recompute
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        batches, sums = add_logprobs(batches, model if with_old_pass else None, None, loss.temperature, loss.chunk)
+        if not with_old_pass:
+            batches = [replace(batch, old_logprobs=None) for batch in batches]
+        result = optimizer_step(model, optimizer, batches, loss, total, 1.0, 1e-3)
+        results.append((result.loss, result.grad_norm, {**sums, **result.sums}, list(model.parameters())))
+    (*numbers, weights), (*others, other_weights) = results
+    assert numbers == others and numbers[2]["entropy"][0] > 0
+    assert all(torch.equal(a, b) for a, b in zip(weights, other_weights, strict=True))
+
+
+def test_the_samplers_logprobs_in_the_loss():
+    """As weights of the policy's loss, or in the place of the old log-probs."""
+    model, batches, total = recorded_batches()
+    (batch,) = batches
+    plain, want = gradient((model, batches, total), PolicyLoss(kl_coef=0.0))
+    shifted = [replace(batch, sampler_logprobs=batch.old_logprobs - 0.4)]
+    result, got = gradient((model, shifted, total), PolicyLoss(kl_coef=0.0, sampler_correction="truncated"))
+    torch.testing.assert_close(got, want * torch.tensor(0.4).exp())
+    assert result.sums["sampler_logprob_gap"][0] == pytest.approx(0.4 * len(batch.targets))
+    assert result.loss == pytest.approx(plain.loss * 2.718281828**0.4, rel=1e-5)
+    result, _ = gradient((model, shifted, total), PolicyLoss(sampler_correction="sequence_mask"))
+    assert result.sums["policy_loss"][0] == 0  # 0.4 a token: over the cap for all replies
+    swapped = [replace(batch, old_logprobs=None, sampler_logprobs=batch.old_logprobs)]
+    _, got = gradient((model, swapped, total), PolicyLoss(kl_coef=0.0, old_logprobs="sampler"))
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ What a reply may look at is decided by `attend`, which is `attention.packed_atte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,7 +39,8 @@ class PackedBatch:
     lengths: tuple[int, ...]  # [R] reply tokens of each reply; they sum to N
     rows: tuple[int, ...]  # [R] index of each reply's rollout in the step
     advantages: Tensor  # [R] float32
-    old_logprobs: Tensor | None = None  # [N] float32, under the policy as it sampled
+    sampler_logprobs: Tensor  # [N] float32, as the sampler computed them
+    old_logprobs: Tensor | None = None  # [N] float32, under the policy as it sampled; None: it is still the same
     ref_logprobs: Tensor | None = None  # [N] float32, under the frozen initial model
 
 
@@ -90,6 +91,7 @@ def pack(
         lengths=tuple(len(rollouts[row].reply) for row in rows),
         rows=tuple(rows),
         advantages=advantages[list(rows)].to(device, torch.float32),
+        sampler_logprobs=torch.tensor([x for row in rows for x in rollouts[row].logprobs], device=device),
     )
 
 
@@ -113,13 +115,22 @@ def pad_to_rows(values: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]
     return padded, torch.arange(padded.shape[1], device=values.device) < sizes[:, None]
 
 
-def split_into_minibatches(rollouts: Sequence[Rollout], prompts: int) -> list[list[int]]:
-    """The indices of the rollouts of each mini-batch: `prompts` whole groups each, in order."""
+def split_into_minibatches(
+    rollouts: Sequence[Rollout], rows: Iterable[int], prompts: int, mask_truncated: bool = False
+) -> list[list[int]]:
+    """`rows`, indices of rollouts, by mini-batch: `prompts` whole groups each, in order.
+
+    mask_truncated: replies that were cut off are left out, and so count neither in the loss nor in its denominator:
+    their reward says nothing of how they would have ended (DAPO's overlong filtering, arXiv 2503.14476, Sec. 3.4). For
+    a max_reply_tokens that good replies reach; otherwise being cut off is a fault that training should mend.
+    """
     groups: dict[int, list[int]] = {}
-    for row, rollout in enumerate(rollouts):
-        groups.setdefault(rollout.group, []).append(row)
-    rows = list(groups.values())
-    return [sum(rows[start : start + prompts], []) for start in range(0, len(rows), prompts)]
+    for row in rows:
+        members = groups.setdefault(rollouts[row].group, [])
+        if rollouts[row].finished or not mask_truncated:
+            members.append(row)
+    kept = list(groups.values())
+    return [sum(kept[start : start + prompts], []) for start in range(0, len(kept), prompts)]
 
 
 def plan_microbatches(

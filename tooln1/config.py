@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from tooln1.grpo import AGGREGATIONS
+from tooln1.grpo import ADVANTAGES, AGGREGATIONS, KL_ESTIMATES, POLICY_LOSSES, SAMPLER_CORRECTIONS
 from tooln1.io.errors import UserError
 from tooln1.rewards import REWARDS
 
@@ -69,15 +69,26 @@ class Config:
     top_p: float = setting(1.0, "sample from the most likely tokens of this total; 1: off", "", "(0, 1]", paper=1.0)
     top_k: int = setting(0, "sample from this many most likely tokens; 0: off", "tokens", paper=0)
     max_reply_tokens: int = setting(8192, "replies are cut off at this length", "tokens", "[1, inf)", paper=8192)
+    dynamic_sampling: int = setting(0, "further prompts for those whose rewards are all equal", "rounds", paper=0)
 
-    clip_low: float = setting(0.2, "the ratio is clipped at 1 - clip_low", "", "[0, 1]", paper=0.2, section="loss")
+    policy_loss: str = setting("clipped", "see grpo.py", paper="clipped", choices=tuple(POLICY_LOSSES), section="loss")
+    clip_low: float = setting(0.2, "the ratio is clipped at 1 - clip_low", "", "[0, 1]", paper=0.2)
     clip_high: float = setting(0.2, "the ratio is clipped at 1 + clip_high", paper=0.2)
     dual_clip: float = setting(0.0, "largest ratio that counts where A < 0; 0: off", paper=0.0)
-    kl_coef: float = setting(1e-3, "weight of the KL to the reference model", paper=1e-3)
+    kl: str = setting("k3", "its estimate; off: no reference model", paper="k3", choices=(*KL_ESTIMATES, "off"))
+    kl_coef: float = setting(1e-3, "weight of the KL to the reference model; 0: only logged", paper=1e-3)
     entropy_coef: float = setting(0.0, "weight of the entropy bonus", paper=0.0)
-    scale_by_std: bool = setting(True, "divide advantages by the group's standard deviation", paper=True)
-    advantage_eps: float = setting(1e-6, "added to that standard deviation", "", "(0, inf)", paper=1e-6)
+    advantage: str = setting("std", "of a reply in its group; see grpo.py", paper="std", choices=tuple(ADVANTAGES))
+    advantage_eps: float = setting(1e-6, "std: added to the standard deviation", "", "(0, inf)", paper=1e-6)
     loss_aggregation: str = setting("token_mean", "how token losses are averaged; see grpo.py", choices=AGGREGATIONS)
+    mask_truncated: bool = setting(False, "leave replies that were cut off out of the loss", paper=False)
+    old_logprobs: str = setting(
+        "policy", "from a pass of the policy, or the sampler's own", paper="policy", choices=("policy", "sampler")
+    )
+    sampler_correction: str = setting(
+        "off", "weights for sampler and trainer that disagree; see grpo.py", choices=tuple(SAMPLER_CORRECTIONS)
+    )
+    sampler_ratio_cap: float = setting(2.0, "most that such a weight can be", "", "(0, inf)")
 
     learning_rate: float = setting(1e-6, "AdamW's, at its peak", "", "(0, inf)", paper=1e-6, section="optimizer")
     lr_schedule: str = setting("constant", "after the warm-up", paper="constant", choices=("constant", "cosine"))
@@ -255,6 +266,11 @@ def validate(config: Config) -> None:
         ),
         (not config.epochs and not config.steps, "epochs and steps are both 0; set one of them to 1 or more."),
         (0 < config.dual_clip <= 1, f"dual_clip must be 0 (off) or above 1, not {config.dual_clip}."),
+        (
+            config.old_logprobs == "sampler" and config.sampler_correction != "off",
+            f"sampler_correction {config.sampler_correction} compares the policy's old log-probs with the sampler's; "
+            "set old_logprobs to policy, or sampler_correction to off.",
+        ),
         (rl and config.group_size < 2, "group_size is 1, but GRPO compares the replies to a prompt; take 2 or more."),
         (
             rl and not config.think and config.reward != "binary_no_think",

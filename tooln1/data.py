@@ -114,24 +114,28 @@ def checked_example(row: dict, where: str, seen: set[str]) -> Example:
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """The order in which `n` examples are trained on, a pure function of (seed, step, count).
+    """The endless order in which `n` examples are trained on, a pure function of the seed.
 
-    Every epoch is a permutation of its own, drawn from (seed, epoch). A step never spans two epochs: the n % count
-    examples at an epoch's end are left out (drop_last, as in the released run).
+    Every epoch is a permutation of its own, drawn from (seed, epoch). What is taken never spans two epochs: the rest of
+    one that is too short is left out (drop_last, as in the released run).
 
         >>> order = EpochOrder(n=5, seed=0)
-        >>> first, second, third = (order.take(step, count=2) for step in range(3))
-        >>> len({*first, *second})
-        4
+        >>> first, position = order.take(0, count=2)
+        >>> second, position = order.take(position, count=2)
+        >>> len({*first, *second}), order.take(position, count=2)[1]
+        (4, 7)
     """
 
     n: int  # examples
     seed: int  # >= 0
 
-    def take(self, step: int, count: int) -> list[int]:
-        """The `count` distinct indices (0 <= i < n) of step `step` (from 0)."""
-        epoch, position = divmod(step, self.steps_per_epoch(count))
-        return _permutation(self.n, self.seed, epoch)[position * count : (position + 1) * count].tolist()
+    def take(self, position: int, count: int) -> tuple[list[int], int]:
+        """The next `count` <= n distinct indices (0 <= i < n) at `position` (from 0), and the position behind them."""
+        epoch, start = divmod(position, self.n)
+        if start + count > self.n:
+            epoch, start = epoch + 1, 0
+        end = start + count
+        return _permutation(self.n, self.seed, epoch)[start:end].tolist(), epoch * self.n + end
 
     def steps_per_epoch(self, count: int) -> int:
         """n // count. Raises UserError when an epoch cannot fill a single step."""

@@ -9,6 +9,9 @@ replies with rewards r_1 .. r_G:
     k3_t     = exp(d) - d - 1,  d = log pi_ref - log pi               k3_kl
     loss     = sum over reply tokens of (L_t + beta k3_t) / total     aggregate
 
+What other papers put in place of a line is a row of a table: ADVANTAGES, POLICY_LOSSES, KL_ESTIMATES, AGGREGATIONS, and
+SAMPLER_CORRECTIONS, weights that the paper does not have. The first row of each is the paper's.
+
 Where paper and released code (NVlabs/Tool-N1, a verl fork) leave room or differ, this file does the following:
   * std is unbiased (n - 1), eps 1e-6, as the code; a group of one gets its reward as its advantage, as the code.
     A group whose rewards are all equal gets exactly 0 here; the code's fp32 mean can leave rounding noise that its
@@ -23,6 +26,8 @@ Where paper and released code (NVlabs/Tool-N1, a verl fork) leave room or differ
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,12 +35,27 @@ from torch import Tensor
 # --------------------------------------------------------------------------------------------------- advantages
 
 
-def group_advantages(rewards: Tensor, groups: Tensor, eps: float = 1e-6, scale_by_std: bool = True) -> Tensor:
-    """Advantage of each reply within its group (Eq. 4): (r - mean) / (std + eps), std unbiased.
+ADVANTAGES: dict[str, Callable[..., Tensor]] = {  # of r - mean, the group's mean, std and n, each [N], and eps
+    "std": lambda centred, mean, std, n, eps: centred / (std + eps),
+    "mean": lambda centred, mean, std, n, eps: centred,
+    "leave_one_out": lambda centred, mean, std, n, eps: centred * n / (n - 1).clamp(min=1),
+    "max_rl": lambda centred, mean, std, n, eps: torch.where(mean > 0, centred / mean, 0.0),
+}
+
+
+def group_advantages(
+    rewards: Tensor, groups: Tensor, eps: float = 1e-6, scale_by_std: bool = True, kind: str = "std"
+) -> Tensor:
+    """Advantage of each reply within its group of n, `kind` being a row of ADVANTAGES.
+
+      std            (r - mean) / (std + eps)   Eq. 4, std unbiased: all groups with unequal rewards weigh alike
+      mean           r - mean                   Dr. GRPO (arXiv 2503.20783): nearly solved, nearly hopeless ones less
+      leave_one_out  (r - mean) n / (n - 1)     RLOO (arXiv 2402.14740), r - mean of the others: for small groups
+      max_rl         (r - mean) / mean          MaxRL (arXiv 2602.02710), 0 unless mean > 0: rarely solved ones most
 
     rewards [N] and groups [N] int (equal numbers share a prompt, in any order) -> [N], in the dtype of `rewards` or,
     where that is an integer, fp32.
-    `scale_by_std=False` leaves out the division (Dr.GRPO). A group of one keeps its reward: mean 0, std 1.
+    `scale_by_std=False` is the kind "mean". A group of one keeps its reward: mean 0, std 1.
 
     >>> group_advantages(torch.tensor([1.0, 0.0, 5.0, 5.0]), torch.tensor([7, 7, 8, 8]))
     tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
@@ -47,24 +67,25 @@ def group_advantages(rewards: Tensor, groups: Tensor, eps: float = 1e-6, scale_b
     _, index = torch.unique(groups, return_inverse=True)
     size = torch.bincount(index)[index].to(rewards)  # [N] members of each reply's group
     mean = _group_sum(rewards, index) / size
-    centred = rewards - mean
-    equal = _group_max(rewards, index) == -_group_max(-rewards, index)
-    centred = torch.where(equal, torch.zeros_like(centred), centred)
     is_singleton = size == 1
+    centred = torch.where(equal_rewards(rewards, groups), 0.0, rewards - mean)
     centred = torch.where(is_singleton, rewards, centred)
-    if not scale_by_std:
-        return centred.to(dtype)
     std = (_group_sum(centred.square(), index) / (size - 1).clamp(min=1)).sqrt()
-    return (centred / (torch.where(is_singleton, torch.ones_like(std), std) + eps)).to(dtype)
+    std = torch.where(is_singleton, torch.ones_like(std), std)
+    return ADVANTAGES[kind if scale_by_std else "mean"](centred, mean, std, size, eps).to(dtype)
 
 
-def zero_variance_groups(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Share of groups of two or more whose rewards are all equal (they carry no policy gradient), in [0, 1]."""
+def equal_rewards(rewards: Tensor, groups: Tensor) -> Tensor:
+    """[N] bool: whether all replies of a reply's group got one reward, so that the group has no policy gradient."""
     _, index = torch.unique(groups, return_inverse=True)
     rewards = rewards.to(at_least_fp32(rewards.dtype))
-    size = torch.bincount(index)[index]
-    equal = (_group_max(rewards, index) == -_group_max(-rewards, index)) & (size > 1)
-    return (equal / size).sum() / (index.max() + 1)
+    return _group_max(rewards, index) == -_group_max(-rewards, index)
+
+
+def rows_to_train_on(rewards: Tensor, groups: Tensor, count: int) -> list[int]:
+    """`count` rows of [N], in order: of the groups with unequal rewards and, as far as these do not do, of others."""
+    unequal_first = equal_rewards(rewards, groups).int().argsort(stable=True)
+    return sorted(unequal_first[:count].tolist())
 
 
 def _group_sum(values: Tensor, index: Tensor) -> Tensor:
@@ -191,10 +212,48 @@ def clipped_policy_loss(
     return loss
 
 
+def cispo_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+) -> Tensor:
+    """Per-token CISPO loss: -sg(clip(rho, 1 - clip_low, 1 + clip_high)) A log pi, any shape; sg stops the gradient.
+
+    MiniMax-M1 (arXiv 2506.13585), Eq. 4 and 5, which sets no lower bound (clip_low 1) and a high upper one; TRL has
+    clip_low 1, clip_high 4. Every token keeps a gradient, rare ones that the clip would silence, too: for several
+    optimizer steps a rollout. `dual_clip` would bound a ratio that is bounded here.
+    """
+    ratio = (logprobs - old_logprobs).exp().clamp(1 - clip_low, 1 + clip_high)
+    return -ratio.detach() * advantages * logprobs
+
+
+def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Values [N, R] with each token's replaced by the mean over its sequence's tokens, those under mask [N, R]."""
+    sums = torch.where(mask, values, torch.zeros_like(values)).sum(-1, keepdim=True)
+    return (sums / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(values)
+
+
+POLICY_LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[..., Tensor]]] = {
+    "clipped": (lambda logprobs, mask: logprobs, clipped_policy_loss),
+    "gspo": (sequence_mean, clipped_policy_loss),
+    "cispo": (lambda logprobs, mask: logprobs, cispo_policy_loss),
+}
+"""Name -> (which log-probs are compared: a function of log-probs and mask [N, R]; their loss).
+
+  clipped  rho_t of each token                        Eq. 3
+  gspo     exp(mean over the sequence of log rho_t)   GSPO (arXiv 2507.18071), Eq. 5 and 7: long replies, mixtures of
+           experts. Wants clip_low 3e-4, clip_high 4e-4, aggregation "sequence_mean_token_mean", no KL
+  cispo    rho_t as a constant weight                 see `cispo_policy_loss`
+"""
+
+
 def clipped_tokens(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: float = 0.2
 ) -> Tensor:
-    """True where the clip took the gradient away: rho too high with A > 0, or too low with A < 0."""
+    """True where the clip took the gradient away (CISPO: bounded it): rho too high with A > 0, too low with A < 0."""
     ratio = (logprobs - old_logprobs).exp()
     return (-advantages * ratio.clamp(1 - clip_low, 1 + clip_high)) > (-advantages * ratio)
 
@@ -214,6 +273,46 @@ def k3_kl(
         d = d.clamp(-max_log_ratio, max_log_ratio)
     k3 = d.exp() - d - 1
     return k3 if max_kl is None else k3.clamp(-max_kl, max_kl)
+
+
+def k2_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Per-token k2 estimate of KL(pi || pi_ref): d² / 2 with d = log pi_ref - log pi, >= 0, any shape.
+
+    Biased, but its gradient is, in expectation, that of the KL itself, which k3's is only near pi_ref.
+    """
+    return (ref_logprobs - logprobs).square() / 2
+
+
+def k1_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Per-token k1 estimate of KL(pi || pi_ref): log pi - log pi_ref, of either sign, any shape.
+
+    Unbiased, to measure the KL with: its gradient has expectation 0, so in the loss it only adds noise.
+    """
+    return logprobs - ref_logprobs
+
+
+KL_ESTIMATES = {"k3": k3_kl, "k2": k2_kl, "k1": k1_kl}
+"""The estimators of Schulman, "Approximating KL divergence" (2020); k3 is the paper's."""
+
+
+def _sequence_mask(log_ratio: Tensor, cap: float) -> Tensor:
+    weights = log_ratio.sum(-1, keepdim=True).exp().expand_as(log_ratio)
+    return torch.where(weights <= cap, weights, 0.0)
+
+
+SAMPLER_CORRECTIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "off": lambda log_ratio, cap: torch.ones_like(log_ratio),
+    "truncated": lambda log_ratio, cap: log_ratio.exp().clamp(max=cap),
+    "sequence_mask": _sequence_mask,
+}
+"""Name -> weight of each token's policy loss, a function of log(pi_old / pi_sampler) [N, R], 0 beside the tokens.
+
+  truncated      min(pi_old / pi_sampler, cap), token by token: Yao et al., "Your efficient RL framework secretly brings
+                 you off-policy RL training" (2025). For a sampler that computes otherwise than the trainer: see
+                 sampler_logprob_gap in the metrics
+  sequence_mask  pi_old / pi_sampler of the whole reply, 0 where above cap: Liu et al., "When speed kills stability"
+                 (2025). For short replies; long ones soon lie above the cap
+"""
 
 
 AGGREGATIONS = (
@@ -253,4 +352,5 @@ def aggregate(values: Tensor, mask: Tensor, how: str = "token_mean", total: floa
 
 def loss_total(how: str, lengths: list[int], max_reply_tokens: int) -> int:
     """The denominator that `aggregate` wants for a whole mini-batch of replies with these lengths (in tokens)."""
-    return {"token_mean": sum(lengths), "dr_grpo": len(lengths) * max_reply_tokens}.get(how, len(lengths))
+    totals = {"token_mean": sum(lengths), "dr_grpo": len(lengths) * max_reply_tokens}
+    return max(1, totals.get(how, len(lengths)))  # 0 where `mask_truncated` leaves no reply

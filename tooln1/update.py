@@ -15,7 +15,14 @@ from torch import Tensor
 
 from tooln1.batch import PackedBatch, pad_to_rows
 from tooln1.distributed import Reduce, full_tensor, local_reduce, next_microbatch, reshard
-from tooln1.grpo import aggregate, clipped_policy_loss, clipped_tokens, k3_kl, token_logprobs
+from tooln1.grpo import (
+    KL_ESTIMATES,
+    POLICY_LOSSES,
+    SAMPLER_CORRECTIONS,
+    aggregate,
+    clipped_tokens,
+    token_logprobs,
+)
 from tooln1.model import Transformer
 
 Sums = dict[str, tuple[float, float]]
@@ -35,24 +42,25 @@ def batch_logprobs(
 @torch.no_grad()
 def add_logprobs(
     batches: Sequence[PackedBatch],
-    policy: Transformer,
+    policy: Transformer | None,
     reference: Transformer | None,
     temperature: float,
     chunk: int,
     before_each: Callable[[], None] = lambda: None,
 ) -> tuple[list[PackedBatch], Sums]:
-    """The batches with `old_logprobs` (and `ref_logprobs`, given a reference) filled in, and the policy's entropy.
+    """The batches with `old_logprobs`, given a policy, and `ref_logprobs`, given a reference; and the policy's entropy.
 
     before_each: is called before each batch; what it raises, on all ranks alike, ends the pass.
     """
-    filled, entropy_sum, tokens = [], 0.0, 0
-    for batch in batches:
-        before_each()
-        old, entropy = batch_logprobs(policy, batch, temperature, chunk, with_entropy=True)
-        filled.append(replace(batch, old_logprobs=old))
-        entropy_sum += entropy.sum().item()
-        tokens += len(old)
-    reshard(policy)
+    filled, entropy_sum, tokens = list(batches), 0.0, 0
+    if policy is not None:
+        for i, batch in enumerate(filled):
+            before_each()
+            old, entropy = batch_logprobs(policy, batch, temperature, chunk, with_entropy=True)
+            filled[i] = replace(batch, old_logprobs=old)
+            entropy_sum += entropy.sum().item()
+            tokens += len(old)
+        reshard(policy)
     if reference is not None:
         for i, batch in enumerate(filled):
             before_each()
@@ -63,34 +71,50 @@ def add_logprobs(
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """GRPO's loss of one micro-batch (Eq. 3): clipped policy term + kl_coef · KL - entropy_coef · entropy."""
+    """GRPO's loss of one micro-batch (Eq. 3): clipped policy term + kl_coef · KL - entropy_coef · entropy.
+
+    A batch without `old_logprobs` is of a policy that is as it sampled: the first mini-batch of a step. Its old
+    log-probs are then this pass's own, and the ratio is 1 with the gradient of log pi. One without `ref_logprobs` has
+    no KL term.
+    """
 
     temperature: float = 0.7
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = 0.0  # 0: off
-    kl_coef: float = 1e-3  # 0: no reference needed
+    kl_coef: float = 1e-3
     entropy_coef: float = 0.0
     aggregation: str = "token_mean"
     chunk: int = 1024  # rows of logits alive at a time
+    policy_loss: str = "clipped"  # a row of POLICY_LOSSES
+    kl: str = "k3"  # a row of KL_ESTIMATES
+    sampler_correction: str = "off"  # a row of SAMPLER_CORRECTIONS
+    sampler_ratio_cap: float = 2.0
+    old_logprobs: str = "policy"  # "sampler": the ratio's denominator is what the sampler says
 
     def __call__(self, policy: Transformer, batch: PackedBatch, total: float) -> tuple[Tensor, Sums]:
         """The loss, a scalar whose sum over micro-batches and ranks is the mini-batch's; and sums for the log."""
-        logprobs, entropy = batch_logprobs(policy, batch, self.temperature, self.chunk, self.entropy_coef != 0)
-        lengths = torch.tensor(batch.lengths, device=logprobs.device, dtype=torch.int64)
-        advantages = batch.advantages.repeat_interleave(lengths)  # [N]
-        clip = (self.clip_low, self.clip_high)
-        policy_term = clipped_policy_loss(logprobs, batch.old_logprobs, advantages, *clip, self.dual_clip)
-        values = policy_term
-        clipped = clipped_tokens(logprobs.detach(), batch.old_logprobs, advantages, *clip)
-        sums = {"policy_loss": _sum(policy_term), "clip_fraction": _sum(clipped.float())}
+        unchanged = batch.old_logprobs is None
+        with_entropy = unchanged or self.entropy_coef != 0
+        logprobs, entropy = batch_logprobs(policy, batch, self.temperature, self.chunk, with_entropy)
+        before = logprobs.detach() if unchanged else batch.old_logprobs
+        sums = {"sampler_logprob_gap": _sum((before - batch.sampler_logprobs).abs())}
+        sums |= {"entropy": _sum(entropy)} if unchanged else {}
+        logprobs, mask = pad_to_rows(logprobs, batch.lengths)  # [R, longest], as all below
+        before, sampled = (pad_to_rows(values, batch.lengths)[0] for values in (before, batch.sampler_logprobs))
+        level, loss = POLICY_LOSSES[self.policy_loss]
+        new, old = level(logprobs, mask), level(sampled if self.old_logprobs == "sampler" else before, mask)
+        against = (old, batch.advantages[:, None], self.clip_low, self.clip_high)
+        weights = SAMPLER_CORRECTIONS[self.sampler_correction](before - sampled, self.sampler_ratio_cap)
+        values = weights * loss(new, *against, self.dual_clip)
+        sums |= {"policy_loss": _sum(values[mask]), "clip_fraction": _sum(clipped_tokens(new, *against)[mask].float())}
         if batch.ref_logprobs is not None:
-            kl = k3_kl(logprobs, batch.ref_logprobs)
-            sums["kl"] = _sum(kl)
+            kl = KL_ESTIMATES[self.kl](logprobs, pad_to_rows(batch.ref_logprobs, batch.lengths)[0])
+            sums["kl"] = _sum(kl[mask])
             values = values + self.kl_coef * kl
         if self.entropy_coef:
-            values = values - self.entropy_coef * entropy
-        return aggregate(*pad_to_rows(values, batch.lengths), self.aggregation, total), sums
+            values = values - self.entropy_coef * pad_to_rows(entropy, batch.lengths)[0]
+        return aggregate(values, mask, self.aggregation, total), sums
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def save_skipped_batch(run: Run, step: int, batches: Sequence[PackedBatch], roll
     number = 1 + len(list(folder.glob(f"step-{step + 1:06d}-*.rank{run.world.rank}.jsonl")))
     with atomic_write(folder / f"step-{step + 1:06d}-{number}.rank{run.world.rank}.jsonl") as file:
         for batch in batches:
-            nothing = [None] * len(batch.rows)  # supervised training has no old log-probs
+            nothing = [None] * len(batch.rows)  # nor have a step's first mini-batch and supervised training
             old = nothing if batch.old_logprobs is None else batch.old_logprobs.split(list(batch.lengths))
             for row, advantage, logprobs in zip(batch.rows, batch.advantages.tolist(), old, strict=True):
                 reply = {

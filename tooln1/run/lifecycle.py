@@ -145,7 +145,8 @@ def save(run: Run, may_fail: bool = False) -> None:
     """Write a checkpoint of the completed steps. One that `may_fail` is tried again after each of the next steps."""
     config, world, folder = run.config, run.world, Path(run.config.run_dir) / CHECKPOINTS
     run.set_phase(f"step {run.completed_steps}, save")
-    notes = run.notes | {"bad_steps": run.bad_steps, "free_bytes": world.gather([run.sampler.free_bytes])}
+    notes = run.notes | {"bad_steps": run.bad_steps, "position": run.position}
+    notes |= {"free_bytes": world.gather([run.sampler.free_bytes])}
     try:
         world.run_on_all_ranks(run.log.sync if run.log else lambda: None, "the logs could not be written")
         save_checkpoint(folder, run.completed_steps, run.policy, run.optimizer, world, notes)
@@ -167,7 +168,7 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
     world, folder, notes = run.world, Path(run.config.run_dir) / CHECKPOINTS, checkpoint.notes
     load_checkpoint(checkpoint.path, run.policy, run.optimizer)
     copy_weights(run.policy, run.sampler.model)
-    run.completed_steps = checkpoint.step
+    run.completed_steps, run.position = checkpoint.step, notes["position"]
     run.bad_steps = 0 if run.config.allow_changes else notes["bad_steps"]
     run.saved_steps = checkpoint.step if is_in(checkpoint.path, Path(run.config.run_dir)) else 0
     if checkpoint.ranks == world.size:  # the same cache, so that the same replies are sampled together

@@ -35,7 +35,7 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 ROLLOUT_SETTINGS = ("max_num_seqs", "rollout_cache_tokens", "max_reply_tokens")
 PASS_SETTINGS = ("tokens_per_microbatch", "logprob_chunk_tokens", "activation_checkpointing")
 KERNEL_SETTINGS = ("rollout_decode", "update_attention")
-WEIGHT_SETTINGS = ("accumulate_unsharded", "kl_coef", "offload_reference", "offload_optimizer")
+WEIGHT_SETTINGS = ("accumulate_unsharded", "kl", "offload_reference", "offload_optimizer")
 
 
 class Part(NamedTuple):
@@ -156,7 +156,7 @@ def pass_bytes(config: ModelConfig, settings: Mapping[str, Any], number: int, sh
 
 
 def with_values(names: Iterable[str], settings: Mapping[str, Any]) -> str:
-    """Settings and their values for a message: "kl_coef (0.001), offload_reference (False)"."""
+    """Settings and their values for a message: "kl (k3), offload_reference (False)"."""
     return ", ".join(f"{name} ({settings[name]})" for name in names)
 
 

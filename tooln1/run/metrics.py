@@ -110,6 +110,20 @@ CONSOLE = (
 )
 
 
+ALL_EQUAL = (
+    "all replies to each prompt of this step got one reward, so all advantages and the policy's loss are 0: only the "
+    "KL is left. See rollouts.jsonl. If all are wrong, check reward and data, or train with mode sft first; if all are "
+    "right, take harder prompts; if it is some of both, raise temperature or group_size, or set dynamic_sampling."
+)
+NEVER_RIGHT = (
+    "no reply of 10 steps in a row was right. See rollouts.jsonl. Are they cut off (max_reply_tokens), not in the form "
+    "that the reward wants (format_ok), wild (lower temperature), or just wrong (train with mode sft first, or take "
+    "easier prompts; dynamic_sampling goes on to prompts that are solved at times)?"
+)
+# metric, value, steps in a row with it, after which the console says, once, what it means
+NOTHING_TO_LEARN = (("zero_variance_fraction", 1.0, 1, ALL_EQUAL), ("accuracy", 0.0, 10, NEVER_RIGHT))
+
+
 def console_line(step: int, total: int, values: dict[str, float]) -> str:
     """One line for the console: the step, the number of steps, and the metrics of `CONSOLE`.
 
@@ -192,6 +206,7 @@ class RunLog:
                 file.writelines(to_json(row) + "\n" for row in rows if row["step"] <= completed)
         self.row = (read_metrics(paths[0]) or [{}])[-1]  # the metrics logged last: all those of one step
         self._metrics, self._rollouts = (path.open("a", encoding="utf-8") for path in paths)
+        self._in_a_row: Counter[str] = Counter()  # of NOTHING_TO_LEARN
         self._tensorboard = None
         if tensorboard:
             first_step = completed + 1 if completed else 0
@@ -207,6 +222,11 @@ class RunLog:
                     self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
         print(console_line(step, self.total_steps, values), flush=True)
+        for metric, value, count, meaning in NOTHING_TO_LEARN:
+            if metric in values and self._in_a_row[metric] < count:  # at count, it has been said
+                self._in_a_row[metric] = self._in_a_row[metric] + 1 if values[metric] == value else 0
+                if self._in_a_row[metric] == count:
+                    print(f"note: {meaning}", flush=True)
 
     def rollouts(self, step: int, rows: Sequence[dict[str, Any]], count: int) -> None:
         """Log the best and the worst `count` replies of a step; `rows` as for `best_and_worst`."""

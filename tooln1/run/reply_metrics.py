@@ -1,4 +1,4 @@
-"""Metrics of the replies of a step: rewards, lengths, the sampler's work, and its agreement with the trainer."""
+"""Metrics of the replies of a step: rewards, lengths, and the sampler's work."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tooln1.batch import PackedBatch
 from tooln1.data import Rollout
-from tooln1.grpo import zero_variance_groups
+from tooln1.grpo import equal_rewards
 from tooln1.rewards import fault_of
 from tooln1.run.metrics import Metrics
 from tooln1.sampler.scheduler import Stats
@@ -41,7 +40,7 @@ def add_reply_metrics(
     metrics.add("reply_tokens_min", "min", min(lengths))
     metrics.add("reply_tokens_max", "max", max(lengths))
     groups = torch.tensor([rollout.group for rollout in rollouts])
-    metrics.add_mean("zero_variance_fraction", zero_variance_groups(rewards, groups))
+    metrics.add_mean("zero_variance_fraction", equal_rewards(rewards, groups).sum(), len(rollouts))
     metrics.add_tokens("rollout", sum(lengths) / ranks)  # summed over ranks again
 
 
@@ -50,10 +49,3 @@ def add_sampler_stats(metrics: Metrics, stats: Stats) -> None:
     metrics.add("prompt_tokens_prefilled", "sum", stats.prefilled)
     metrics.add("tokens_recomputed", "sum", stats.recomputed)
     metrics.add("preemptions", "sum", stats.preemptions)
-
-
-def add_sampler_gap(metrics: Metrics, rollouts: Sequence[Rollout], batches: Sequence[PackedBatch]) -> None:
-    """Add the mean |log-prob of the sampler - log-prob of the trainer| over this rank's reply tokens."""
-    for batch in batches:
-        sampled = torch.tensor([logprob for row in batch.rows for logprob in rollouts[row].logprobs])
-        metrics.add_mean("sampler_logprob_gap", (batch.old_logprobs.cpu() - sampled).abs().sum(), len(sampled))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,7 @@ class Run:
     world: World
     tokenizer: Tokenizer
     policy: Transformer  # fp32 masters, sharded over the ranks
-    reference: Transformer | None  # the frozen initial model; None where the KL has no weight
+    reference: Transformer | None  # the frozen initial model; None where the KL is off
     sampler: Sampler  # a whole copy of the policy in the sampling dtype
     optimizer: torch.optim.Optimizer
     loss: PolicyLoss | SupervisedLoss
@@ -52,6 +52,7 @@ class Run:
     update_attention: str = "auto"  # kernel of the attention over packed batches, then "flex" or "sdpa"
     log: RunLog | None = None  # open from the first step on; None on the ranks other than 0
     completed_steps: int = 0
+    position: int = 0  # in the order, behind the prompts of the completed steps
     saved_steps: int = 0  # completed steps that the newest checkpoint has
     can_abandon_step: bool = True  # the weights are still those of the last completed step
     bad_steps: int = 0  # optimizer steps in a row whose loss or gradient was not finite
@@ -131,7 +132,7 @@ def build(
 
 
 def load_models(config: Config, world: World, vocabulary: int) -> tuple[Transformer, Transformer | None, Transformer]:
-    """The policy, the reference (None if the KL has no weight) and the sampler's copy, on this process's device.
+    """The policy, the reference (None if the KL is off) and the sampler's copy, on this process's device.
 
     The policy is fp32 and sharded; the others are bf16 on CUDA, else fp32, the reference sharded, the copy not.
     """
@@ -154,16 +155,8 @@ def loss_of(config: Config) -> PolicyLoss | SupervisedLoss:
     """The loss of the run's mode."""
     if config.mode == "sft":
         return SupervisedLoss(config.logprob_chunk_tokens)
-    return PolicyLoss(
-        config.temperature,
-        config.clip_low,
-        config.clip_high,
-        config.dual_clip,
-        config.kl_coef,
-        config.entropy_coef,
-        config.loss_aggregation,
-        config.logprob_chunk_tokens,
-    )
+    own = {field.name: getattr(config, field.name) for field in fields(PolicyLoss) if field.name in SETTINGS}
+    return PolicyLoss(**own, aggregation=config.loss_aggregation, chunk=config.logprob_chunk_tokens)
 
 
 def resolved(config: Config, parameters: int) -> dict[str, Any]:
@@ -212,8 +205,8 @@ def refuse_changes(
 
 
 def reference_of(config: Config) -> str:
-    """The path of the frozen model of the KL term, "" if that has no weight."""
-    return (config.reference_model or config.model) if config.mode == "rl" and config.kl_coef else ""
+    """The path of the frozen model of the KL term, "" if that is off."""
+    return (config.reference_model or config.model) if config.mode == "rl" and config.kl != "off" else ""
 
 
 def load_data(config: Config, world: World, tokenizer: Tokenizer) -> tuple[Sequence, list[LoadedBenchmark]]:
