@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 
 from tooln1.grpo import ADVANTAGES, AGGREGATIONS, KL_ESTIMATES, POLICY_LOSSES, SAMPLER_CORRECTIONS
 from tooln1.io.errors import UserError
+from tooln1.lora import TARGETS
 from tooln1.rewards import REWARDS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -90,7 +91,9 @@ class Config:
     )
     sampler_ratio_cap: float = setting(2.0, "most that such a weight can be", "", "(0, inf)")
 
-    learning_rate: float = setting(1e-6, "AdamW's, at its peak", "", "(0, inf)", paper=1e-6, section="optimizer")
+    learning_rate: float = setting(
+        1e-6, "AdamW's, at its peak; LoRA: about ten times as high", "", "(0, inf)", paper=1e-6, section="optimizer"
+    )
     lr_schedule: str = setting("constant", "after the warm-up", paper="constant", choices=("constant", "cosine"))
     warmup_ratio: float = setting(0.0, "length of the linear warm-up", "share of all steps", "[0, 1]", paper=0.0)
     adam_beta1: float = setting(0.9, "decay of the mean gradient", "", "[0, 1)", paper=0.9)
@@ -98,6 +101,10 @@ class Config:
     adam_eps: float = setting(1e-8, "added to AdamW's denominator", "", "(0, inf)")
     weight_decay: float = setting(0.01, "AdamW's, decoupled", paper=0.01)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", "", "(0, inf)", paper=1.0)
+
+    lora_rank: int = setting(0, "train adapters of this rank, all else frozen; 0: train all weights", section="lora")
+    lora_alpha: float = setting(32.0, "adapters are multiplied by lora_alpha / lora_rank", "", "(0, inf)")
+    lora_targets: str = setting(",".join(TARGETS), "layers of each block that get one")
 
     compile: bool = setting(False, "torch.compile the layers of the policy", section="memory_and_speed")
     activation_checkpointing: str = setting("auto", "recompute layers; auto: from 4e8 parameters", choices=SWITCH)
@@ -266,6 +273,14 @@ def validate(config: Config) -> None:
         ),
         (not config.epochs and not config.steps, "epochs and steps are both 0; set one of them to 1 or more."),
         (0 < config.dual_clip <= 1, f"dual_clip must be 0 (off) or above 1, not {config.dual_clip}."),
+        (
+            set(config.lora_targets.split(",")) - set(TARGETS),
+            f"lora_targets takes some of {','.join(TARGETS)}, not {config.lora_targets!r}.",
+        ),
+        (
+            config.lora_rank and config.offload_optimizer,
+            "offload_optimizer is true, but the optimizer of LoRA adapters is small: set it to false.",
+        ),
         (
             config.old_logprobs == "sampler" and config.sampler_correction != "off",
             f"sampler_correction {config.sampler_correction} compares the policy's old log-probs with the sampler's; "

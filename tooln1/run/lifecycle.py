@@ -14,9 +14,10 @@ import torch
 
 from tooln1.benchmarks.runner import GenerationConfig, generate_predictions, totals_by_log_name
 from tooln1.config import Config, to_toml
-from tooln1.distributed import World, copy_weights, reshard
+from tooln1.distributed import World, copy_weights, full_tensor, reshard
 from tooln1.io.errors import Stopped, UserError
 from tooln1.io.files import atomic_write
+from tooln1.lora import merged_model, save_adapter
 from tooln1.model import save_model
 from tooln1.run.checkpoint import (
     CHECKPOINTS,
@@ -28,6 +29,7 @@ from tooln1.run.checkpoint import (
     remove_old,
     save_checkpoint,
     set_aside,
+    trained_parameters,
 )
 from tooln1.run.faults import explain_oom
 from tooln1.run.kernels import choose_decode, choose_update_attention
@@ -182,11 +184,21 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def export(run: Run) -> None:
-    """Write the policy as a Hugging Face directory, run_dir/hf."""
-    folder, world = Path(run.config.run_dir) / "hf", run.world
+    """Write the policy as a Hugging Face directory, run_dir/hf; with LoRA also the adapters, run_dir/hf_adapter."""
+    config, folder, world = run.config, Path(run.config.run_dir) / "hf", run.world
     run.set_phase("export")
     copy_weights(run.policy, run.sampler.model)
-    write = partial(save_model, run.sampler.model, folder) if world.is_main else lambda: None
+    adapters = {}
+    if config.lora_rank:
+        adapters = {name: full_tensor(parameter) for name, parameter in trained_parameters(run.policy).items()}
+
+    def write() -> None:
+        save_model(merged_model(run.sampler.model) if adapters else run.sampler.model, folder)
+        if adapters:
+            how = (config.lora_rank, config.lora_alpha, config.lora_targets.split(","))
+            save_adapter(adapters, folder.with_name("hf_adapter"), config.model, *how)
+
+    write = write if world.is_main else lambda: None
     world.run_on_all_ranks(write, f"the model could not be exported to {folder}; --resume auto tries it again")
     if world.is_main:
         print(f"done: the model is in {folder}, the curves: python -m tooln1.run.plot {folder.parent}")
