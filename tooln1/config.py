@@ -91,9 +91,7 @@ class Config:
     )
     sampler_ratio_cap: float = setting(2.0, "most that such a weight can be", "", "(0, inf)")
 
-    learning_rate: float = setting(
-        1e-6, "AdamW's, at its peak; LoRA: about ten times as high", "", "(0, inf)", paper=1e-6, section="optimizer"
-    )
+    learning_rate: float = setting(1e-6, "AdamW's, at its peak", "", "(0, inf)", paper=1e-6, section="optimizer")
     lr_schedule: str = setting("constant", "after the warm-up", paper="constant", choices=("constant", "cosine"))
     warmup_ratio: float = setting(0.0, "length of the linear warm-up", "share of all steps", "[0, 1]", paper=0.0)
     adam_beta1: float = setting(0.9, "decay of the mean gradient", "", "[0, 1)", paper=0.9)
@@ -102,7 +100,7 @@ class Config:
     weight_decay: float = setting(0.01, "AdamW's, decoupled", paper=0.01)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", "", "(0, inf)", paper=1.0)
 
-    lora_rank: int = setting(0, "train adapters of this rank, all else frozen; 0: train all weights", section="lora")
+    lora_rank: int = setting(0, "train only adapters of this rank, at about 10 x the rate; 0: off", section="lora")
     lora_alpha: float = setting(32.0, "adapters are multiplied by lora_alpha / lora_rank", "", "(0, inf)")
     lora_targets: str = setting(",".join(TARGETS), "layers of each block that get one")
 
@@ -263,7 +261,7 @@ def validate(config: Config) -> None:
     """Check every value by itself and against the others. Raises UserError."""
     for name in SETTINGS:
         checked(name, getattr(config, name))
-    rl = config.mode == "rl"
+    rl, targets = config.mode == "rl", set(config.lora_targets.split(","))
     for wrong, sentence in (
         (not config.run_dir, "run_dir is empty; it takes a path."),
         (
@@ -273,14 +271,8 @@ def validate(config: Config) -> None:
         ),
         (not config.epochs and not config.steps, "epochs and steps are both 0; set one of them to 1 or more."),
         (0 < config.dual_clip <= 1, f"dual_clip must be 0 (off) or above 1, not {config.dual_clip}."),
-        (
-            set(config.lora_targets.split(",")) - set(TARGETS),
-            f"lora_targets takes some of {','.join(TARGETS)}, not {config.lora_targets!r}.",
-        ),
-        (
-            config.lora_rank and config.offload_optimizer,
-            "offload_optimizer is true, but the optimizer of LoRA adapters is small: set it to false.",
-        ),
+        (targets - set(TARGETS), f"lora_targets takes some of {','.join(TARGETS)}, not {config.lora_targets!r}."),
+        (config.lora_rank and config.offload_optimizer, "offload_optimizer is not for LoRA; set it to false."),
         (
             config.old_logprobs == "sampler" and config.sampler_correction != "off",
             f"sampler_correction {config.sampler_correction} compares the policy's old log-probs with the sampler's; "

@@ -4,8 +4,8 @@
         index.json               format, step, Adam's step, number of ranks, notes, size of each file
         shard-00001-model-*      rank 0's rows of "model/NAME", "exp_avg/NAME" and "exp_avg_sq/NAME" (fp32), by block
 
-NAME is that of a trained parameter: all of the model's, or those of LoRA's adapters.
-Any number of ranks can load it; nothing is pickled. Files go by block because torch builds each in host memory first.
+Parameters are the trained ones: with LoRA the adapters. Any number of ranks can load it; nothing is pickled. Files go
+by block because torch builds each in host memory first.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tooln1.distributed import World
 from tooln1.io.errors import UserError
 from tooln1.io.files import atomic_write, check_writable, put_in_place, remove_temporaries
+from tooln1.lora import trained_parameters
 from tooln1.model import Transformer
 
 CHECKPOINTS, INDEX = "checkpoints", "index.json"
@@ -105,11 +106,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(path, index["step"], index["adam_step"], index["ranks"], index["notes"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be resumed from: {error}. Name another, or start anew elsewhere.") from error
-
-
-def trained_parameters(policy: Transformer) -> dict[str, Tensor]:
-    """The parameters that are not frozen, by name."""
-    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
 
 
 def _tensors(policy: Transformer, state: dict[Tensor, dict[str, Tensor]]) -> dict[str, Tensor]:

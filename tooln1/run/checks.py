@@ -64,7 +64,7 @@ def check_run(
             *template(tokenizer, examples, settings),
             *train_eval_overlap(examples, held_out),
             *fits_memory(needed, settings, there),
-            *disk(settings, config.num_parameters, memory.trained_parameters(config, settings)),
+            *disk(settings, config.num_parameters, memory.num_trained(config, settings)),
         ]
         if settings["check"]:
             print("memory of one process:", memory.table(needed), "", sep="\n")

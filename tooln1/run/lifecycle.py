@@ -17,8 +17,8 @@ from tooln1.config import Config, to_toml
 from tooln1.distributed import World, copy_weights, full_tensor, reshard
 from tooln1.io.errors import Stopped, UserError
 from tooln1.io.files import atomic_write
-from tooln1.lora import merged_model, save_adapter
-from tooln1.model import save_model
+from tooln1.lora import save_adapters, trained_parameters
+from tooln1.model import load_model, save_model
 from tooln1.run.checkpoint import (
     CHECKPOINTS,
     Checkpoint,
@@ -29,7 +29,6 @@ from tooln1.run.checkpoint import (
     remove_old,
     save_checkpoint,
     set_aside,
-    trained_parameters,
 )
 from tooln1.run.faults import explain_oom
 from tooln1.run.kernels import choose_decode, choose_update_attention
@@ -188,15 +187,17 @@ def export(run: Run) -> None:
     config, folder, world = run.config, Path(run.config.run_dir) / "hf", run.world
     run.set_phase("export")
     copy_weights(run.policy, run.sampler.model)
-    adapters = {}
-    if config.lora_rank:
-        adapters = {name: full_tensor(parameter) for name, parameter in trained_parameters(run.policy).items()}
+    adapters = trained_parameters(run.policy) if config.lora_rank else {}
+    adapters = {name: full_tensor(adapter) for name, adapter in adapters.items()}
 
     def write() -> None:
-        save_model(merged_model(run.sampler.model) if adapters else run.sampler.model, folder)
+        model = run.sampler.model
+        if model is run.policy:  # LoRA on one process
+            model = load_model(config.model, model.head.dtype)
+            copy_weights(run.policy, model)
+        save_model(model, folder)
         if adapters:
-            how = (config.lora_rank, config.lora_alpha, config.lora_targets.split(","))
-            save_adapter(adapters, folder.with_name("hf_adapter"), config.model, *how)
+            save_adapters(adapters, config.lora_alpha, config.model, folder.with_name("hf_adapter"))
 
     write = write if world.is_main else lambda: None
     world.run_on_all_ranks(write, f"the model could not be exported to {folder}; --resume auto tries it again")

@@ -11,9 +11,8 @@ all key heads and the MLP, and b the bytes of a number in a pass (2 on CUDA, 4 o
                     at the end the gradients of embedding and head. Beside them the gathered embedding and head
     KV cache        half of what all other parts leave, or less if the sampler cannot use it (sampler/kv_cache.py)
 
-With LoRA only adapters have gradients and moments, and on one process the frozen weights are also the reference and
-what is sampled from. The sampler is given what this estimate leaves, so that both plan the same cache. Not included:
-fragmentation.
+With LoRA on one process the frozen weights are also the reference and the sampling copy.
+The sampler is given what this estimate leaves, so that both plan the same cache. Not included: fragmentation.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tooln1.io.model_config import ModelConfig
-from tooln1.lora import add_adapters
+from tooln1.lora import add_adapters, trained_parameters
 from tooln1.model import Transformer
 from tooln1.sampler import kv_cache
 
@@ -84,7 +83,7 @@ def estimate(
     """
     cuda, device = "GPU" in available, next(iter(available))
     number = 2 if cuda else FP32  # bytes of a number in passes and copies
-    lora, trained = settings["lora_rank"] > 0, trained_parameters(config, settings)
+    lora, trained = settings["lora_rank"] > 0, num_trained(config, settings)
     one_copy = lora and processes == 1
     sharded = (cuda or processes > 1) and not one_copy
     size, frozen = config.num_parameters, reference.num_parameters if reference else 0
@@ -116,13 +115,13 @@ def estimate(
     return Estimate(tuple(part for part in parts if part.bytes), loading, free)
 
 
-def trained_parameters(config: ModelConfig, settings: Mapping[str, Any]) -> int:
+def num_trained(config: ModelConfig, settings: Mapping[str, Any]) -> int:
     """Number of parameters that a run trains: all, or those of LoRA's adapters."""
     with torch.device("meta"):
         model = Transformer(config)
     if settings["lora_rank"]:
         add_adapters(model, settings["lora_rank"], 1.0, settings["lora_targets"].split(","), seed=0)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in trained_parameters(model).values())
 
 
 def pinned_bytes(config: ModelConfig, number: int, processes: int) -> int:

@@ -27,6 +27,7 @@ from tooln1.sampler.sampler import Sampler
 from tooln1.tokenizer import Tokenizer, load_tokenizer
 from tooln1.update import PolicyLoss, SupervisedLoss
 
+Reference = Transformer | WithoutAdapters | None
 # What a resumed run must not change: its result would differ by more than rounding.
 FIXED_SECTIONS = ("task", "schedule", "rollout", "loss", "optimizer", "lora")
 
@@ -39,7 +40,7 @@ class Run:
     world: World
     tokenizer: Tokenizer
     policy: Transformer  # fp32 masters (LoRA: fp32 adapters), sharded over the ranks
-    reference: Transformer | WithoutAdapters | None  # the frozen initial model; None where the KL is off
+    reference: Reference  # the frozen initial model; None where the KL is off
     sampler: Sampler  # of a whole copy of the policy in the sampling dtype (LoRA on one process: of the policy)
     optimizer: torch.optim.Optimizer
     loss: PolicyLoss | SupervisedLoss
@@ -132,14 +133,11 @@ def build(
     )
 
 
-def load_models(
-    config: Config, world: World, vocabulary: int
-) -> tuple[Transformer, Transformer | WithoutAdapters | None, Transformer]:
+def load_models(config: Config, world: World, vocabulary: int) -> tuple[Transformer, Reference, Transformer]:
     """The policy, the reference (None if the KL is off) and the sampler's copy, on this process's device.
 
-    The policy is fp32 and sharded; the others are bf16 on CUDA, else fp32, the reference sharded, the copy not. With
-    LoRA the policy is as the others, but for fp32 adapters, and the reference is its base; on one process it is not
-    sharded, and all three are one.
+    The policy is fp32 and sharded; the others are bf16 on CUDA, else fp32, the reference sharded, the copy not.
+    With LoRA only adapters are fp32, and the reference is the policy's base; on one process all three are one.
     """
     low = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     lora, reference = config.lora_rank > 0, None
