@@ -1,7 +1,9 @@
 """Load an exported model with transformers: the same token ids, logits and greedy replies as ours?
 
     pip install transformers; python scripts/cross_check_export.py [--model assets/demo/model] [--data heldout.jsonl]
+    pip install peft; python scripts/cross_check_export.py --model RUN/hf --adapter RUN/hf_adapter
 
+With --adapter, ours has the merged weights and theirs the base and the adapter, as peft loads it.
 Prints the number of prompts with other ids, and the largest difference of a logit; exit code 1 if they differ.
 """
 
@@ -13,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
 from tooln1.data import read_examples  # noqa: E402
 from tooln1.model import load_model, sequence_logits  # noqa: E402
@@ -24,12 +26,17 @@ from tooln1.tokenizer import load_tokenizer  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "assets/demo/model"))
+    parser.add_argument("--adapter", help="adapter of a LoRA run, on its base, in the place of their --model")
     parser.add_argument("--data", default=str(ROOT / "assets/demo/heldout.jsonl"))
     parser.add_argument("--limit", type=int, default=60, help="prompts to compare")
     options = parser.parse_args()
     ours, theirs = load_tokenizer(options.model), AutoTokenizer.from_pretrained(options.model)
     model = load_model(options.model, vocabulary=ours.vocab_size)
-    their_model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    if options.adapter:
+        from peft import AutoPeftModelForCausalLM as TheirModel
+    else:
+        from transformers import AutoModelForCausalLM as TheirModel
+    their_model = TheirModel.from_pretrained(options.adapter or options.model, dtype=torch.float32).eval()
     other_ids, gap, other_tokens = 0, 0.0, 0
     for example in read_examples(options.data)[: options.limit]:
         messages = build_messages(example)

@@ -1,10 +1,11 @@
 """Run by test_distributed.py under torchrun: optimizer steps on fixed rollouts, sharded over the ranks.
 
-    recorded_steps.py MODEL OUT.json STEPS BUDGET [save=FOLDER | load=CHECKPOINT | bf16 | thrifty]
+    recorded_steps.py MODEL OUT.json STEPS BUDGET [save=FOLDER | load=CHECKPOINT | bf16 | thrifty | lora]
 
 Rank 0 writes loss and gradient norm of each step, the share of ratios beyond the clip, the first gradient, the
 weights and what one sampling call gave. With bf16 the passes compute in it, on fp32 masters, and blocks are
-recomputed, as on a GPU; thrifty recomputes blocks and cuts weights and gradients up after every micro-batch.
+recomputed, as on a GPU; thrifty recomputes blocks and cuts weights and gradients up after every micro-batch; lora
+trains fp32 adapters on frozen bf16 weights.
 """
 
 import json
@@ -17,6 +18,7 @@ import torch
 from tooln1.batch import pack, plan_microbatches
 from tooln1.data import Rollout
 from tooln1.distributed import copy_weights, full_tensor, launch, shard
+from tooln1.lora import TARGETS, add_adapters, trained_parameters
 from tooln1.model import load_model
 from tooln1.run.checkpoint import load_checkpoint, save_checkpoint
 from tooln1.sampler.distributed import generate_distributed
@@ -59,9 +61,11 @@ def main() -> None:
     action, _, folder = (sys.argv[5] if len(sys.argv) > 5 else "").partition("=")
     with launch("cpu") as world:
         start, policy = load_model(path), load_model(path)
+        if action == "lora":
+            policy = add_adapters(policy.bfloat16(), 4, 8.0, TARGETS, 0)
         for block in policy.model.layers:
             block.recompute = action in ("bf16", "thrifty")
-        low = torch.bfloat16 if action == "bf16" else None
+        low = torch.bfloat16 if action in ("bf16", "lora") else None
         policy = shard(policy, world, low, accumulate_unsharded=action != "thrifty")
         target = load_model(path)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
@@ -75,14 +79,13 @@ def main() -> None:
             loss = PolicyLoss(kl_coef=0.1, entropy_coef=0.01)
             result = optimizer_step(policy, optimizer, batches, loss, total, 1.0, 1e-4)
             if step == 0:
-                record["gradient"] = [
-                    value for p in policy.parameters() for value in full_tensor(p.grad).flatten().tolist()
-                ]
+                gradients = [full_tensor(p.grad).flatten() for p in trained_parameters(policy).values()]
+                record["gradient"] = torch.cat(gradients).tolist()
             record["loss"].append(world.all_reduce([result.loss], "sum")[0])
             record["grad_norm"].append(result.grad_norm)
             clipped, count = world.all_reduce(result.sums["clip_fraction"], "sum")
             record["clipped"].append(clipped / count)
-        assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
+        assert all(parameter.dtype == torch.float32 for parameter in trained_parameters(policy).values())
         copy_weights(policy, target)
         record["weights"] = [p.flatten().tolist() for p in target.parameters()]
         prompts = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15]]

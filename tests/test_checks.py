@@ -193,7 +193,7 @@ def test_disk_for_checkpoints_and_the_export(monkeypatch, tmp_path, free, level)
     monkeypatch.setattr(
         checks.shutil, "disk_usage", lambda path: asked.append(path) or namedtuple("Usage", "free")(free)
     )
-    worst(disk(SETTINGS | {"run_dir": str(tmp_path / "all/runs")}, 1000), level, "a checkpoint takes 11.7 KiB")
+    worst(disk(SETTINGS | {"run_dir": str(tmp_path / "all/runs")}, 1000, 1000), level, "a checkpoint takes 11.7 KiB")
     assert asked == [tmp_path]  # the nearest folder that exists
 
 

@@ -88,6 +88,16 @@ def test_mixed_precision_stays_near_full_precision(folder, one_process):
     assert half["grad_norm"] != pytest.approx(one_process["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_lora_shards_bf16_weights_with_fp32_adapters(folder):
+    """FSDP2 holds both in one group; one process holds them as they are."""
+    one, two = (recorded_steps(folder, processes, 60, 5, "lora") for processes in (1, 2))
+    gradients = [torch.tensor(run["gradient"]) for run in (one, two)]
+    assert 0 < (gradients[0] - gradients[1]).norm() / gradients[0].norm() < 0.02
+    assert one["loss"] == pytest.approx(two["loss"], abs=0.05)
+    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=0.15)
+
+
 def test_prompts_are_balanced_by_cost():
     costs = [5, 1, 9, 3, 4]
     shares = balance_by_cost(costs, 2)

@@ -13,6 +13,7 @@ from tooln1.batch import pack
 from tooln1.config import Config, read_preset
 from tooln1.data import Rollout
 from tooln1.io.model_config import parse_config
+from tooln1.lora import add_adapters
 from tooln1.model import random_model
 from tooln1.run import memory
 from tooln1.run.memory import estimate, pass_bytes, table
@@ -67,6 +68,19 @@ def test_certain_parts_are_the_bytes_of_real_tensors(changes):
     assert needed.certain("host") == 6 * count_bytes(model.parameters()) < needed.total("host")
 
 
+def test_lora_has_one_copy_of_the_frozen_weights_on_one_process():
+    lora = {"lora_rank": 4, "lora_targets": "q_proj,down_proj"}
+    model = random_model(config(), 0)
+    frozen = count_bytes(model.parameters())
+    add_adapters(model, 4, 8.0, ["q_proj", "down_proj"], 0)
+    adapters = count_bytes(p for p in model.parameters() if p.requires_grad)
+    alone = {"weights (fp32)": adapters, "gradients (fp32)": adapters, "Adam's moments (fp32)": 2 * adapters}
+    needed = estimate(config(), None, SETTINGS | lora, {"host": GIB}, 1, prompt=24, reply=8)
+    assert {part.name: part.bytes for part in needed.parts if part.certain} == {"frozen weights": frozen} | alone
+    two = estimate(config(), None, SETTINGS | lora, {"host": GIB}, 2, prompt=24, reply=8)
+    assert two.certain("host") == frozen // 2 + frozen + 4 * adapters // 2
+
+
 def test_the_cache_is_that_of_the_sampler():
     model = random_model(config(), 0)
     sampler = Sampler(model, [258], cache_tokens=640)
@@ -118,14 +132,15 @@ def test_qwen_7b_on_eight_gpus_by_hand():
 @pytest.mark.parametrize(
     ("preset", "gpus", "gigabytes"),
     [("0.5b", 1, 80), ("1.5b", 1, 80), ("3b", 1, 80), ("7b", 8, 80), ("14b", 32, 80), ("14b_8gpus", 8, 80)]
-    + [("0.5b_24gb", 1, 24)],
+    + [("0.5b_24gb", 1, 24), ("7b_lora", 1, 80), ("1.5b_lora", 1, 24)],
 )
 def test_presets_fit_and_leave_a_cache_of_use(preset, gpus, gigabytes):
     run = Config(**asdict(Config()) | read_preset(f"configs/tool_n1_{preset}.toml"))
     file = shared(f"reference/configs/{run.model.split('/')[1]}/config.json")
     model = parse_config(json.loads(file.read_text()))
     settings = resolved(run, model.num_parameters)
-    needed = estimate(model, model, settings, {"GPU": gigabytes * 10**9, "host": 10**12}, gpus, 4096, 8192)
+    frozen = None if run.lora_rank else model
+    needed = estimate(model, frozen, settings, {"GPU": gigabytes * 10**9, "host": 10**12}, gpus, 4096, 8192)
     assert needed.total("GPU") < 0.95 * gigabytes * 10**9
     assert needed.total("host") * min(gpus, 8) < 330 * 10**9
     assert sizes(needed)["KV cache"] >= 24576 * kv_bytes_per_token(model, 2), "fewer than two of the longest replies"

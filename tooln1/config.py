@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 
 from tooln1.grpo import ADVANTAGES, AGGREGATIONS, KL_ESTIMATES, POLICY_LOSSES, SAMPLER_CORRECTIONS
 from tooln1.io.errors import UserError
+from tooln1.lora import TARGETS
 from tooln1.rewards import REWARDS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -94,6 +95,10 @@ class Config:
     adam_eps: float = setting(1e-8, "added to AdamW's denominator", "", "(0, inf)")
     weight_decay: float = setting(0.01, "AdamW's, decoupled", paper=0.01)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm", "", "(0, inf)", paper=1.0)
+
+    lora_rank: int = setting(0, "train only adapters of this rank, at about 10 x the rate; 0: off", section="lora")
+    lora_alpha: float = setting(32.0, "adapters are multiplied by lora_alpha / lora_rank", "", "(0, inf)")
+    lora_targets: str = setting(",".join(TARGETS), "layers of each block that get one")
 
     compile: bool = setting(False, "torch.compile the layers of the policy", section="memory_and_speed")
     activation_checkpointing: str = setting("auto", "recompute layers; auto: from 4e8 parameters", choices=SWITCH)
@@ -253,7 +258,7 @@ def validate(config: Config) -> None:
     """Check every value by itself and against the others. Raises UserError."""
     for name in SETTINGS:
         checked(name, getattr(config, name))
-    rl = config.mode == "rl"
+    rl, targets = config.mode == "rl", set(config.lora_targets.split(","))
     for wrong, sentence in (
         (not config.run_dir, "run_dir is empty; it takes a path."),
         (
@@ -263,6 +268,8 @@ def validate(config: Config) -> None:
         ),
         (not config.epochs and not config.steps, "epochs and steps are both 0; set one of them to 1 or more."),
         (0 < config.dual_clip <= 1, f"dual_clip must be 0 (off) or above 1, not {config.dual_clip}."),
+        (targets - set(TARGETS), f"lora_targets takes some of {','.join(TARGETS)}, not {config.lora_targets!r}."),
+        (config.lora_rank and config.offload_optimizer, "offload_optimizer is not for LoRA; set it to false."),
         (
             config.old_logprobs == "sampler" and config.sampler_correction != "off",
             f"sampler_correction {config.sampler_correction} compares the policy's old log-probs with the sampler's; "

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from tooln1.io.errors import Stopped, UserError
+from tooln1.lora import merged_parameter
 from tooln1.model import Transformer
 
 T = TypeVar("T")
@@ -245,16 +246,19 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_weights(policy: Transformer, target: Transformer) -> None:
-    """Overwrite the unsharded `target` with the policy's weights, cast to its dtype, in place.
+    """Overwrite the unsharded `target` with the policy's weights, adapters merged, cast to its dtype, in place.
 
     Block by block: one all-gather each, in the dtype that the policy computes in, and one full block in memory at once.
+    With LoRA on one process the policy is its own target, and nothing is copied.
     """
+    if target is policy:
+        return
     for source, copy in zip(_blocks_then_rest(policy), _blocks_then_rest(target), strict=True):
         if isinstance(source, FSDPModule):
             source.unshard()
-        for name, parameter in source.named_parameters():
+        for name, parameter in copy.named_parameters():
             if source is not policy or not name.startswith("model.layers."):
-                copy.get_parameter(name).copy_(parameter)
+                parameter.copy_(merged_parameter(source, name))
         reshard(source)
 
 

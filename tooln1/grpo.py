@@ -127,7 +127,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, grad_entropy):
         hidden, head, targets, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros(head.shape, dtype=at_least_fp32(head.dtype), device=head.device)
+        grad_head = None  # of a frozen one
+        if ctx.needs_input_grad[1]:
+            grad_head = torch.zeros(head.shape, dtype=at_least_fp32(head.dtype), device=head.device)
         for start in range(0, len(targets), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
             logp = _tempered_log_softmax(hidden[rows], head, ctx.temperature, ctx.vocabulary)
@@ -139,8 +141,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 grad -= p * (logp + entropy[rows, None]) * grad_entropy[rows, None]
             grad = (grad / ctx.temperature).to(hidden.dtype)  # [chunk, V]
             grad_hidden[rows] = grad @ head
-            grad_head += grad.T @ hidden[rows]
-        return grad_hidden, grad_head.to(head.dtype), None, None, None, None, None
+            if grad_head is not None:
+                grad_head += grad.T @ hidden[rows]
+        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None, None, None, None
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:

@@ -4,7 +4,8 @@
         index.json               format, step, Adam's step, number of ranks, notes, size of each file
         shard-00001-model-*      rank 0's rows of "model/NAME", "exp_avg/NAME" and "exp_avg_sq/NAME" (fp32), by block
 
-Any number of ranks can load it; nothing is pickled. Files go by block because torch builds each in host memory first.
+Parameters are the trained ones: with LoRA the adapters. Any number of ranks can load it; nothing is pickled. Files go
+by block because torch builds each in host memory first.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from tooln1.distributed import World
 from tooln1.io.errors import UserError
 from tooln1.io.files import atomic_write, check_writable, put_in_place, remove_temporaries
+from tooln1.lora import trained_parameters
 from tooln1.model import Transformer
 
 CHECKPOINTS, INDEX = "checkpoints", "index.json"
@@ -82,7 +84,7 @@ def load_checkpoint(path: Path, policy: Transformer, optimizer: torch.optim.Opti
     Raises UserError where a file is missing or broken, or a tensor is missing or has another shape.
     """
     checkpoint, state = read_checkpoint(path), {}
-    for parameter in policy.parameters() if checkpoint.adam_step else ():
+    for parameter in trained_parameters(policy).values() if checkpoint.adam_step else ():
         device = parameter.device if optimizer.defaults.get("fused") else "cpu"  # as AdamW itself has it
         adam_step = torch.tensor(float(checkpoint.adam_step), device=device)
         state[parameter] = {"step": adam_step} | {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
@@ -109,7 +111,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def _tensors(policy: Transformer, state: dict[Tensor, dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of a checkpoint by key: parameters, and their moments where the optimizer's `state` has them."""
     tensors = {}
-    for name, parameter in policy.named_parameters():
+    for name, parameter in trained_parameters(policy).items():
         tensors[f"model/{name}"] = parameter
         if parameter in state:
             tensors |= {f"{moment}/{name}": state[parameter][moment] for moment in _MOMENTS}
@@ -209,7 +211,7 @@ def claimed(run_dir: Path, world: World) -> Iterator[None]:
         except OSError as error:
             if isinstance(error, BlockingIOError):  # else it is a network file system without locks
                 raise UserError(f"{run_dir}: another process is writing there; wait for it, or end it.") from None
-        written = remove_temporaries(run_dir, ("config.toml", "metrics.jsonl", "rollouts.jsonl", "hf"))
+        written = remove_temporaries(run_dir, ("config.toml", "metrics.jsonl", "rollouts.jsonl", "hf", "hf_adapter"))
         for name in written + remove_temporaries(run_dir / CHECKPOINTS, ("step-*",)):
             print(f"removed {name}, which a killed process left unfinished")
         return lock

@@ -25,7 +25,7 @@ from tooln1.sft import target_text
 from tooln1.task import Task
 from tooln1.tokenizer import Tokenizer
 
-CHECKPOINT_BYTES = 12  # per parameter: fp32 weights and two fp32 moments
+CHECKPOINT_BYTES = 12  # per trained parameter: fp32 weights and two fp32 moments
 
 
 class Finding(NamedTuple):
@@ -67,7 +67,7 @@ def check_run(
             *template(tokenizer, examples, task, settings["mode"] == "sft"),
             *train_eval_overlap(examples, held_out, task),
             *fits_memory(needed, settings, there),
-            *disk(settings, config.num_parameters),
+            *disk(settings, config.num_parameters, memory.num_trained(config, settings)),
         ]
         if settings["check"]:
             print("memory of one process:", memory.table(needed), "", sep="\n")
@@ -231,9 +231,9 @@ def fits_memory(
             yield Finding("ok", "memory", f"{text}.")
 
 
-def disk(settings: Mapping[str, Any], parameters: int) -> Iterator[Finding]:
+def disk(settings: Mapping[str, Any], parameters: int, trained: int) -> Iterator[Finding]:
     """The free disk at run_dir against the checkpoints that are kept, the one being written, and the export."""
-    one, export, keep = CHECKPOINT_BYTES * parameters, 4 * parameters, settings["keep_checkpoints"]
+    one, export, keep = CHECKPOINT_BYTES * trained, 4 * parameters, settings["keep_checkpoints"]
     folder = Path(settings["run_dir"]).absolute()
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     level = "error" if free < one + export else "warning" if free < (keep + 1) * one + export else "ok"

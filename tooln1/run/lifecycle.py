@@ -14,10 +14,11 @@ import torch
 
 from tooln1.benchmarks.runner import GenerationConfig, generate_predictions, totals_by_log_name
 from tooln1.config import Config, to_toml
-from tooln1.distributed import World, copy_weights, reshard
+from tooln1.distributed import World, copy_weights, full_tensor, reshard
 from tooln1.io.errors import Stopped, UserError
 from tooln1.io.files import atomic_write
-from tooln1.model import save_model
+from tooln1.lora import save_adapters, trained_parameters
+from tooln1.model import load_model, save_model
 from tooln1.run.checkpoint import (
     CHECKPOINTS,
     Checkpoint,
@@ -187,11 +188,23 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def export(run: Run) -> None:
-    """Write the policy as a Hugging Face directory, run_dir/hf."""
-    folder, world = Path(run.config.run_dir) / "hf", run.world
+    """Write the policy as a Hugging Face directory, run_dir/hf; with LoRA also the adapters, run_dir/hf_adapter."""
+    config, folder, world = run.config, Path(run.config.run_dir) / "hf", run.world
     run.set_phase("export")
     copy_weights(run.policy, run.sampler.model)
-    write = partial(save_model, run.sampler.model, folder) if world.is_main else lambda: None
+    adapters = trained_parameters(run.policy) if config.lora_rank else {}
+    adapters = {name: full_tensor(adapter) for name, adapter in adapters.items()}
+
+    def write() -> None:
+        model = run.sampler.model
+        if model is run.policy:  # LoRA on one process
+            model = load_model(config.model, model.head.dtype)
+            copy_weights(run.policy, model)
+        save_model(model, folder)
+        if adapters:
+            save_adapters(adapters, config.lora_alpha, config.model, folder.with_name("hf_adapter"))
+
+    write = write if world.is_main else lambda: None
     world.run_on_all_ranks(write, f"the model could not be exported to {folder}; --resume auto tries it again")
     if world.is_main:
         print(f"done: the model is in {folder}, the curves: python -m tooln1.run.plot {folder.parent}")

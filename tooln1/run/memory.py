@@ -11,6 +11,7 @@ all key heads and the MLP, and b the bytes of a number in a pass (2 on CUDA, 4 o
                     at the end the gradients of embedding and head. Beside them the gathered embedding and head
     KV cache        half of what all other parts leave, or less if the sampler cannot use it (sampler/kv_cache.py)
 
+With LoRA on one process the frozen weights are also the reference and the sampling copy.
 The sampler is given what this estimate leaves, so that both plan the same cache. Not included: fragmentation.
 """
 
@@ -26,6 +27,7 @@ import torch
 
 import tooln1.sampler.kv_cache as kv_cache
 from tooln1.io.model_config import ModelConfig
+from tooln1.lora import add_adapters, trained_parameters
 from tooln1.model import Transformer
 
 FP32 = 4
@@ -81,10 +83,12 @@ def estimate(
     """
     cuda, device = "GPU" in available, next(iter(available))
     number = 2 if cuda else FP32  # bytes of a number in passes and copies
-    sharded = cuda or processes > 1
+    lora, trained = settings["lora_rank"] > 0, num_trained(config, settings)
+    one_copy = lora and processes == 1
+    sharded = (cuda or processes > 1) and not one_copy
     size, frozen = config.num_parameters, reference.num_parameters if reference else 0
-    shard = -(-size // processes)
-    unsharded = (number + FP32) * size if settings["accumulate_unsharded"] and sharded else 0
+    shard = -(-trained // processes)
+    unsharded = number * size + FP32 * trained if settings["accumulate_unsharded"] and sharded else 0
     masters = "host" if settings["offload_optimizer"] else device
     weights, kept = FP32 * shard, number * -(-frozen // processes)
     if cuda and settings["offload_optimizer"]:
@@ -93,11 +97,12 @@ def estimate(
         kept = pinned_bytes(reference, number, processes)
     activations, working = pass_bytes(config, settings, number, processes if sharded else 0)
     parts = [
+        Part("frozen weights", number * -(-size // processes) * lora, device),
         Part("weights (fp32)", weights, masters),
         Part("gradients (fp32)", weights, masters),
         Part("Adam's moments (fp32)", 2 * FP32 * shard, masters),
         Part("reference", kept, "host" if settings["offload_reference"] else device),
-        Part("sampling copy", number * size, device),
+        Part("sampling copy", number * size * (not one_copy), device),
         Part("unsharded weights and gradients", unsharded, device),
         Part("activations", activations, device, certain=False),
         Part("working memory", working, device, certain=False),
@@ -106,8 +111,17 @@ def estimate(
     free = max(0, available[device] - sum(part.bytes for part in parts if part.place == device))
     cache = cache_bytes(config, settings, cuda, processes, (prompt, reply), free)
     parts.append(Part("KV cache", cache, device, certain=cuda and settings["rollout_cache_tokens"] > 0))
-    loading = Part("loading", FP32 * size * sharded, device)
+    loading = Part("loading", (number if lora else FP32) * size * sharded, device)
     return Estimate(tuple(part for part in parts if part.bytes), loading, free)
+
+
+def num_trained(config: ModelConfig, settings: Mapping[str, Any]) -> int:
+    """Number of parameters that a run trains: all, or those of LoRA's adapters."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    if settings["lora_rank"]:
+        add_adapters(model, settings["lora_rank"], 1.0, settings["lora_targets"].split(","), seed=0)
+    return sum(parameter.numel() for parameter in trained_parameters(model).values())
 
 
 def pinned_bytes(config: ModelConfig, number: int, processes: int) -> int:
@@ -145,13 +159,13 @@ def pass_bytes(config: ModelConfig, settings: Mapping[str, Any], number: int, sh
     table = config.vocab_size * config.hidden_size
     tables = table if config.tie_word_embeddings else 2 * table
     layer_size = (config.num_parameters - tables) // config.num_hidden_layers
-    at_head = 4 * FP32 * settings["logprob_chunk_tokens"] * config.vocab_size + (FP32 + number) * table
+    gradient = 0 if settings["lora_rank"] else number + FP32  # bytes of a weight's, which is reduced in fp32
+    at_head = 4 * FP32 * settings["logprob_chunk_tokens"] * config.vocab_size + gradient * table
     in_layers = layer * (2 if checkpointing else 1)
     if not shards:
         return stored, max(at_head, in_layers)
-    in_layers += 2 * (2 * number + FP32) * layer_size  # gradients are reduced in fp32
-    # a single process divides by 1 into a second fp32 copy
-    at_end = (number + FP32 * (2 if shards == 1 else 1)) * tables
+    in_layers += 2 * (number + gradient) * layer_size
+    at_end = (gradient + FP32 * (shards == 1)) * tables  # a single process divides by 1 into a second fp32 copy
     return stored, max(at_head, in_layers, at_end - stored) + number * tables
 
 

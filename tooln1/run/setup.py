@@ -15,6 +15,7 @@ from tooln1.data import EpochOrder, Example, fingerprint
 from tooln1.distributed import World, shard
 from tooln1.io import weights
 from tooln1.io.errors import UserError
+from tooln1.lora import WithoutAdapters, add_adapters
 from tooln1.model import Transformer, load_model, model_files, read_config
 from tooln1.prompt import drop_long
 from tooln1.run import memory
@@ -28,8 +29,9 @@ from tooln1.task import Task
 from tooln1.tokenizer import Tokenizer, load_tokenizer
 from tooln1.update import PolicyLoss, SupervisedLoss
 
+Reference = Transformer | WithoutAdapters | None
 # What a resumed run must not change: its result would differ by more than rounding.
-FIXED_SECTIONS = ("task", "schedule", "rollout", "loss", "optimizer")
+FIXED_SECTIONS = ("task", "schedule", "rollout", "loss", "optimizer", "lora")
 
 
 @dataclass
@@ -39,9 +41,9 @@ class Run:
     config: Config
     world: World
     tokenizer: Tokenizer
-    policy: Transformer  # fp32 masters, sharded over the ranks
-    reference: Transformer | None  # the frozen initial model; None where the KL is off
-    sampler: Sampler  # a whole copy of the policy in the sampling dtype
+    policy: Transformer  # fp32 masters (LoRA: fp32 adapters), sharded over the ranks
+    reference: Reference  # the frozen initial model; None where the KL is off
+    sampler: Sampler  # of a whole copy of the policy in the sampling dtype (LoRA on one process: of the policy)
     optimizer: torch.optim.Optimizer
     loss: PolicyLoss | SupervisedLoss
     examples: list[Example]
@@ -106,7 +108,7 @@ def build(
     there = memory.available(world.device)
     policy, reference, sampling_copy = load_models(config, world, tokenizer.vocab_size)
     settings = resolved(config, policy.config.num_parameters)
-    frozen = reference.config if reference else None
+    frozen = read_config(path) if (path := reference_of(config)) else None
     free_bytes = memory.estimate(policy.config, frozen, settings, there, world.size, 0, 0).free_bytes
     cache = (config.max_num_seqs, config.rollout_cache_tokens)
     sampler = Sampler(sampling_copy, tokenizer.stop_ids, *cache, free_bytes=free_bytes)
@@ -138,24 +140,31 @@ def build(
     )
 
 
-def load_models(config: Config, world: World, vocabulary: int) -> tuple[Transformer, Transformer | None, Transformer]:
+def load_models(config: Config, world: World, vocabulary: int) -> tuple[Transformer, Reference, Transformer]:
     """The policy, the reference (None if the KL is off) and the sampler's copy, on this process's device.
 
     The policy is fp32 and sharded; the others are bf16 on CUDA, else fp32, the reference sharded, the copy not.
+    With LoRA only adapters are fp32, and the reference is the policy's base; on one process all three are one.
     """
     low = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    policy, reference = load_model(config.model, torch.float32, world.device, vocabulary), None
+    lora, reference = config.lora_rank > 0, None
+    policy = load_model(config.model, low if lora else torch.float32, world.device, vocabulary)
+    if lora:
+        add_adapters(policy, config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
+        reference = WithoutAdapters(policy) if config.kl != "off" else None
     settings = resolved(config, policy.config.num_parameters)
     for block in policy.model.layers:
         block.recompute = settings["activation_checkpointing"]
         if config.compile:
             block.compile_parts()
+    one_copy = lora and world.size == 1
     # Each is sharded before the next is loaded, so that only one full model is in memory at a time.
-    policy = shard(policy, world, low, config.offload_optimizer, settings["accumulate_unsharded"])
+    if not one_copy:
+        policy = shard(policy, world, low, config.offload_optimizer, settings["accumulate_unsharded"])
     if path := reference_of(config):
         reference = load_model(path, low, world.device, vocabulary).requires_grad_(False)
         reference = shard(reference, world, offload=config.offload_reference)
-    return policy, reference, load_model(config.model, low, world.device, vocabulary)
+    return policy, reference, policy if one_copy else load_model(config.model, low, world.device, vocabulary)
 
 
 def loss_of(config: Config) -> PolicyLoss | SupervisedLoss:
@@ -213,8 +222,10 @@ def refuse_changes(
 
 
 def reference_of(config: Config) -> str:
-    """The path of the frozen model of the KL term, "" if that is off."""
-    return (config.reference_model or config.model) if config.mode == "rl" and config.kl != "off" else ""
+    """The path of the frozen model of the KL term, "" if that is off or, with LoRA, the base of the policy."""
+    path = config.reference_model or config.model
+    own = config.lora_rank and path == config.model
+    return path if config.mode == "rl" and config.kl != "off" and not own else ""
 
 
 def load_data(config: Config, world: World, tokenizer: Tokenizer, task: Task) -> tuple[Sequence, list[LoadedBenchmark]]:
