@@ -48,7 +48,7 @@ BATCHES_PER_CHUNK = 4  # full batches (--rows) of replies in a chunk, which is w
 
 def evaluate(options: argparse.Namespace, world: World) -> int:
     """Generate (or read) the predictions, score them, write and print the results; returns the exit code."""
-    task = load_task(options.task)
+    task = load_task(options.task, options.think)
     benchmarks = runner.load_benchmarks(options.bench, options.limit, options.bfcl_changed, task)
     out = check_writable(options.out, "--out")
     sources = {out: options.predictions or options.model}
@@ -85,7 +85,7 @@ def ask(options: argparse.Namespace, world: World) -> None:
     """Print the prompt's size, the thought and the calls of the reply to one request."""
     tools = [tool for _, tool in read_rows(options.tools)] if options.tools else []
     example = Example("ask", "ask", XLAM_SYSTEM, tools, [{"role": "user", "content": options.ask}], [])
-    benchmark = runner.held_out_benchmark("--ask", [example], load_task(options.task))
+    benchmark = runner.held_out_benchmark("--ask", [example], load_task(options.task, options.think))
     tokenizer, sampler = load(options, world, options.model)
     prompt = tokenizer.prompt_ids(options.generation.messages(benchmark.cases[0]))
     (found,) = runner.generate_predictions(benchmark, sampler, tokenizer, world, options.generation)
@@ -215,8 +215,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", type=int, default=0, metavar="N", help="most replies at once per process (512 on CUDA, else 64)")
     parser.set_defaults(**defaults)
     options = parser.parse_args(argv)
-    if not (options.ask and options.model) and not (options.bench and options.out):
-        parser.error("--bench and --out are needed, or --ask and --model")
+    if options.ask and (options.bench or not options.model) or not (options.ask or (options.bench and options.out)):
+        parser.error("it takes --bench and --out, or --ask and --model")
     if options.base_model and not options.model:
         parser.error("--base-model needs --model: with --predictions no reply is generated")
     if not 0 <= options.temperature < float("inf"):

@@ -65,7 +65,8 @@ def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
     with metrics.timer("sync"):
         copy_weights(run.policy, run.sampler.model)
     answered = [examples[rollout.group] for rollout in rollouts]
-    add_reply_metrics(metrics, rollouts, rewards, map(run.task.metrics, replies, answered), run.world.size)
+    mine = slice(run.world.rank, None, run.world.size)  # means are sums and counts, which the ranks add up
+    add_reply_metrics(metrics, rollouts, rewards, map(run.task.metrics, replies[mine], answered[mine]), run.world.size)
     return [
         {"id": example.id, "reward": reward, "reply": reply, "answer": example.answer}
         for example, reward, reply in zip(answered, rewards.tolist(), replies, strict=True)
@@ -164,7 +165,8 @@ def log_probs(run: Run, batches: list[PackedBatch], metrics: Metrics, is_first: 
     """The batches with the log-probs of the reference and, where they are not the update's own, of the policy."""
     config = run.config
     policy = None if is_first or config.old_logprobs == "sampler" else run.policy
-    metrics.add_tokens("logprobs", sum(len(batch.tokens) for batch in batches))
+    if policy or run.reference:
+        metrics.add_tokens("logprobs", sum(len(batch.tokens) for batch in batches))
     batches, sums = add_logprobs(
         batches, policy, run.reference, config.temperature, config.logprob_chunk_tokens, run.stop_request.check
     )

@@ -39,7 +39,7 @@ class PackedBatch:
     advantages: Tensor  # [R] float32
     attention: str  # the kernel of `attention.packed_attention`
     sampler_logprobs: Tensor  # [N] float32, as the sampler computed them
-    old_logprobs: Tensor | None = None  # [N] float32, under the policy as it sampled; None: it is still the same
+    old_logprobs: Tensor | None = None  # [N] float32, under the policy as it sampled; None: no pass was made
     ref_logprobs: Tensor | None = None  # [N] float32, under the frozen initial model
 
 

@@ -66,28 +66,28 @@ def write_examples(examples: list[Example], path: str | os.PathLike) -> None:
     seen = set()
     with atomic_write(path) as file:
         for example in examples:
-            row = {key: value for key, value in vars(example).items() if value not in (None, {})}
-            checked_example(row, f'{path}, example "{example.id}"', seen, bool(example.extra))
+            row = {key: value for key, value in vars(example).items() if key != "extra" and value is not None}
+            row |= example.extra
+            checked_example(row, f'{path}, example "{example.id}"', seen, allow_extra=True)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read_examples(path: str | os.PathLike, further: bool = False) -> list[Example]:
+def read_examples(path: str | os.PathLike, allow_extra: bool = False) -> list[Example]:
     """Examples from JSONL (or a JSON array) of objects with exactly the keys of `Example`; "reply" may be left out.
 
-    further: rows may have more keys, which join `Example.extra`.
+    allow_extra: rows may have more keys, which become `Example.extra`.
     Raises UserError naming file, line and reason: broken UTF-8 or JSON, NaN, missing or unknown keys, wrong
     types, ids given twice, answers without name and arguments, no messages, a last message by the assistant.
     """
     seen = set()
-    return [checked_example(row, where, seen, further) for where, row in read_rows(path)]
+    return [checked_example(row, where, seen, allow_extra) for where, row in read_rows(path)]
 
 
-def checked_example(row: dict, where: str, seen: set[str], further: bool = False) -> Example:
+def checked_example(row: dict, where: str, seen: set[str], allow_extra: bool = False) -> Example:
     """The Example of a JSON row, or a UserError that begins with `where`. `seen` collects the ids of a file."""
-    *known, last = [part.name for part in fields(Example)]
-    extra = {key: value for key, value in row.items() if key not in (*known, last)}
-    extra |= json_field({last: {}} | row, last, dict, where)
-    if extra and not further:
+    known = [part.name for part in fields(Example) if part.name != "extra"]
+    extra = {key: value for key, value in row.items() if key not in known}
+    if extra and not allow_extra:
         raise UserError(f"{where}: unknown key {shown(min(extra))}; an example has {', '.join(known)}")
     for key in ("id", "source", "system"):
         json_field(row, key, str, where)
@@ -159,6 +159,5 @@ def fingerprint(examples: Iterable[Example]) -> str:
     """A hash of examples and their order."""
     digest = hashlib.sha256()
     for example in examples:
-        row = {key: value for key, value in vars(example).items() if value != {}}
-        digest.update(json.dumps(row).encode())
+        digest.update(json.dumps(vars(example)).encode())
     return digest.hexdigest()[:16]

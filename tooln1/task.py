@@ -20,7 +20,7 @@ class Task:
 
     def read(self, path: str) -> list[Example]:
         """The examples in a file; further JSON fields are allowed (`Example.extra`) only for a task file."""
-        return read_examples(path, further=bool(self.file))
+        return read_examples(path, allow_extra=bool(self.file))
 
     def messages(self, example: Example) -> list[dict]:
         """The chat messages that ask for a reply."""

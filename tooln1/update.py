@@ -75,8 +75,9 @@ def add_logprobs(
 class PolicyLoss:
     """GRPO's loss of one micro-batch (Eq. 3): clipped policy term + kl_coef · KL - entropy_coef · entropy.
 
-    A batch without `old_logprobs` (a step's first mini-batch) is of the policy as it sampled: they are this pass's own,
-    and rho is 1, with the gradient of log pi. One without `ref_logprobs` has no KL term.
+    A batch without `old_logprobs` takes this pass's own, so that rho is 1 with the gradient of log pi: those of the
+    policy as it sampled in a step's first mini-batch. With old_logprobs "sampler" the ratio has the sampler's in their
+    place, and "sampler_logprob_gap" includes what the step's earlier updates changed. No `ref_logprobs`: no KL term.
     """
 
     temperature: float = 0.7

@@ -32,7 +32,7 @@ from tooln1.lora import trained_parameters
 from tooln1.model import Transformer
 
 CHECKPOINTS, INDEX = "checkpoints", "index.json"
-FORMAT = 2  # 1 was a layout of our own, which torch.distributed.checkpoint cannot read
+FORMAT = 3  # 1 was a layout of our own, 2 had no position in the order of the examples
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

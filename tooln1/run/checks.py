@@ -184,6 +184,10 @@ def template_faults(tokenizer: Tokenizer, example: Example, task: Task, sft: boo
     if not set(last) & set(tokenizer.stop_ids):
         text = f"the chat template ends a reply with {tokenizer.decode(last)!r}, none of the stop ids"
         yield "error" if sft else "warning", f"{text}; add it to eos_token_id in generation_config.json"
+    if task.file:
+        task.reward(reply + stop, example)  # its faults are told before the start
+    if sft and reply.strip() not in finished:
+        yield "warning", "the chat template changes the reply that is to be imitated"
     if sft and not finished.startswith(prompt):
         yield "error", "the chat template does not begin a finished reply with its prompt: it cannot be imitated"
 

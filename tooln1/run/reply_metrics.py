@@ -22,7 +22,7 @@ def add_reply_metrics(
 ) -> None:
     """Add metrics of all replies of a step; each of the `ranks` has all replies and adds the same.
 
-    rewards: [N]. measured: the task's own metrics of each reply.
+    rewards: [N]. measured: the task's own metrics of this rank's part of the replies.
     """
     for values in measured:
         metrics.add_means({name: (value, 1) for name, value in values.items()})

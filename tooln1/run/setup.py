@@ -88,6 +88,8 @@ def prepare(
                     f"are too long), weights or tokenizer; give those, or allow it with --allow-changes {name}."
                 )
     held_out = [case.example for one in benchmarks if one.name == "heldout" for case in one.chosen]
+    if len(set(world.gather([notes["train_data"] + fingerprint(held_out)]))) > 1:
+        raise UserError(f"{config.train_data}: not all processes read the same examples; is {task_file} random?")
     shape, reference = read_config(config.model), read_config(frozen) if frozen else None
     settings = resolved(config, shape.num_parameters)
     check_run(settings, world, shape, reference, tokenizer, examples, held_out, task)

@@ -3,7 +3,7 @@
     def reward(reply, example): ...     # -> a finite number. Required; `reply` is without the stop token at its end
     def read(path): ...                 # -> list[Example]
     def messages(example): ...          # -> [{"role": str, "content": str}, ...]
-    def metrics(reply, example): ...    # -> {name: number}
+    def metrics(reply, example): ...    # -> {name: number}; logged as task/name
 
 It is run as code. So only the command line can name it: no preset, no config.toml and no checkpoint.
 """
@@ -11,19 +11,21 @@ It is run as code. So only the command line can name it: no preset, no config.to
 from __future__ import annotations
 
 import hashlib
-import math
+import sys
 import traceback
 from collections.abc import Callable
 from functools import partial
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from numbers import Real
+from types import ModuleType
 from typing import Any
 
 from tooln1.io.errors import UserError
 from tooln1.io.jsonl import read_text
 from tooln1.prompt import without_stop_token
 from tooln1.task import Task
+
+FP32_MAX = 3.4e38
+TOOL_N1_METRICS = ("accuracy", "format_ok")
 
 
 def load_task(file: str, think: bool = True, rule: str = "binary") -> Task:
@@ -34,9 +36,10 @@ def load_task(file: str, think: bool = True, rule: str = "binary") -> Task:
     """
     if not file:
         return Task(think, rule)
-    task = Task(think, rule, file, hashlib.sha256(read_text(file).encode()).hexdigest()[:16])
-    module = module_from_spec(spec_from_loader("task_file", SourceFileLoader("task_file", file)))
-    _checked(file, "import", lambda _: module.__loader__.exec_module(module), file)
+    text = read_text(file)
+    task = Task(think, rule, file, hashlib.sha256(text.encode()).hexdigest()[:16])
+    module = sys.modules["task_file"] = ModuleType("task_file")  # not through a cache of bytecode: it is this text
+    _checked(file, "import", lambda _: exec(compile(text, file, "exec", dont_inherit=True), vars(module)), file)
     if not hasattr(module, "reward"):
         raise UserError(f"{file} has no function reward(reply, example), which every task needs.")
     for name in ("read", "messages", "reward", "metrics"):
@@ -51,10 +54,15 @@ def _checked(file: str, name: str, function: Callable, *arguments: Any) -> Any:
     where = f"{file}, {name} of {getattr(subject, 'id', subject)!r}"
     try:
         value = function(*map(without_stop_token, reply), subject)
+        if name == "read":
+            return list(value)
+        numbers = [value] if name == "reward" else list(value.values()) if name == "metrics" else []
     except UserError:
         raise
     except Exception:
         raise UserError(f"{where} failed:\n{traceback.format_exc()}") from None
-    if name == "reward" and not (isinstance(value, Real) and math.isfinite(value)):
+    if not all(isinstance(number, Real) and abs(number) < FP32_MAX for number in numbers):
         raise UserError(f"{where} is {value!r}; it must be a finite number.")
+    if name == "metrics":  # no name of the run's own
+        return {key if key in TOOL_N1_METRICS else f"task/{key}": number for key, number in value.items()}
     return value
