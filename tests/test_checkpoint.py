@@ -102,7 +102,7 @@ def test_where_a_run_goes_on(tmp_path, monkeypatch, resume, new, used):
         (EMBEDDING, None, "No such file"),
         (EMBEDDING, "x", "has 1 bytes, not"),
         ("index.json", "{", "Expecting property name"),
-        ("index.json", '{"format": 1, "step": 2}', "its format is 1, not 2"),
+        ("index.json", '{"format": 1, "step": 2}', "its format is 1, not 3"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_or_passed_over(tmp_path, capsys, file, content, why):

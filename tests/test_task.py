@@ -37,7 +37,6 @@ WRONG = "def reward(reply, example): "
 def here(tmp_path, monkeypatch):
     """A model, data with a further field, a preset and a task file in the current directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     tiny.write_model(Path())
     rows = [vars(example) | {"letter": "ab"[i % 2], "reply": "ab"[i % 2]} for i, example in enumerate(tiny.examples(8))]
     tiny.write_rows(Path("data.jsonl"), rows)
@@ -58,7 +57,7 @@ def test_a_task_replaces_prompt_reward_and_metrics(here, monkeypatch):
     assert all(row["reward"] == row["reply"].startswith(letters[row["id"]]) for row in replies) and replies
     measured = tiny.measured(Path("run"))[-1]
     lengths = [len(row["reply"].removesuffix("<|im_end|>").removesuffix("<|endoftext|>")) for row in replies]
-    assert measured["length"] == pytest.approx(sum(lengths) / len(lengths))
+    assert measured["task/length"] == pytest.approx(sum(lengths) / len(lengths))
     assert measured["prompt_tokens_prefilled"] < 100  # four prompts of one letter in the tiny chat template
     assert "accuracy" not in measured and 0 <= measured["heldout_accuracy"] <= 1
 
@@ -73,6 +72,8 @@ def rows(path: str) -> list[dict]:
         ("def rewards(reply, example): ...", ["task.py has no function reward(reply, example)"]),
         (f"{WRONG}return float('nan')", ["task.py, reward of 'tiny-", "is nan; it must be a finite number"]),
         (f"{WRONG}return None", ["is None; it must be a finite number"]),
+        (f"{WRONG}return 10**400", ["it must be a finite number"]),
+        (f"{WRONG}return 1\ndef metrics(reply, example): return {{'x': None}}", ["metrics of", "{'x': None}"]),
         (f"{WRONG}return 1 / 0", ["task.py, reward of 'tiny-", "line 1, in reward", "ZeroDivisionError"]),
         ("import no_such_module", ["import of 'task.py' failed", "line 1, in <module>", "No module named"]),
         (None, ["cannot read task.py"]),
@@ -99,6 +100,12 @@ def test_a_checkpoint_refuses_another_task(here, monkeypatch, capsys):
         assert start(monkeypatch, "--resume", *other) == 2
     assert "--allow-changes task" in capsys.readouterr().err
     assert start(monkeypatch, "--resume", "--task", "task.py", "--steps", "2", "--allow-changes", "task") == 0
+
+
+def test_the_file_as_it_is_now_is_what_runs(here):
+    for reward in (0.5, 0.7, 0.9):  # rewritten within a second, with equally many bytes
+        Path("task.py").write_text(f"{WRONG}return {reward}")
+        assert load_task("task.py").reward("", tiny.examples(1)[0]) == reward
 
 
 def test_only_the_command_line_names_a_task(here, monkeypatch, capsys):

@@ -66,9 +66,8 @@ def write_examples(examples: list[Example], path: str | os.PathLike) -> None:
     seen = set()
     with atomic_write(path) as file:
         for example in examples:
-            row = {key: value for key, value in vars(example).items() if key != "extra" and value is not None}
-            row |= example.extra
-            checked_example(row, f'{path}, example "{example.id}"', seen, allow_extra=True)
+            row = {key: value for key, value in vars(example).items() if value not in (None, {})}
+            checked_example(row, f'{path}, example "{example.id}"', seen, bool(example.extra))
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -85,8 +84,9 @@ def read_examples(path: str | os.PathLike, allow_extra: bool = False) -> list[Ex
 
 def checked_example(row: dict, where: str, seen: set[str], allow_extra: bool = False) -> Example:
     """The Example of a JSON row, or a UserError that begins with `where`. `seen` collects the ids of a file."""
-    known = [part.name for part in fields(Example) if part.name != "extra"]
-    extra = {key: value for key, value in row.items() if key not in known}
+    *known, last = [part.name for part in fields(Example)]
+    extra = {key: value for key, value in row.items() if key not in (*known, last)}
+    extra |= json_field({last: {}} | row, last, dict, where)
     if extra and not allow_extra:
         raise UserError(f"{where}: unknown key {shown(min(extra))}; an example has {', '.join(known)}")
     for key in ("id", "source", "system"):
