@@ -72,13 +72,7 @@ class Config:
     max_reply_tokens: int = setting(8192, "replies are cut off at this length", "tokens", "[1, inf)", paper=8192)
     dynamic_sampling: int = setting(0, "further prompts for those whose rewards are all equal", "rounds", paper=0)
 
-    policy_loss: str = setting(
-        "clipped",
-        "gspo and cispo need other clips: grpo.py",
-        paper="clipped",
-        choices=tuple(POLICY_LOSSES),
-        section="loss",
-    )
+    policy_loss: str = setting("clipped", "see grpo.py", paper="clipped", choices=tuple(POLICY_LOSSES), section="loss")
     clip_low: float = setting(0.2, "the ratio is clipped at 1 - clip_low", "", "[0, 1]", paper=0.2)
     clip_high: float = setting(0.2, "the ratio is clipped at 1 + clip_high", paper=0.2)
     dual_clip: float = setting(0.0, "largest ratio that counts where A < 0; 0: off", paper=0.0)
@@ -89,12 +83,8 @@ class Config:
     advantage_eps: float = setting(1e-6, "std: added to the standard deviation", "", "(0, inf)", paper=1e-6)
     loss_aggregation: str = setting("token_mean", "how token losses are averaged; see grpo.py", choices=AGGREGATIONS)
     mask_truncated: bool = setting(False, "leave replies that were cut off out of the loss", paper=False)
-    old_logprobs: str = setting(
-        "policy", "pi_old from a pass of the policy, or from the sampler", paper="policy", choices=("policy", "sampler")
-    )
-    sampler_correction: str = setting(
-        "off", "importance weights where sampler and trainer disagree", choices=tuple(SAMPLER_CORRECTIONS)
-    )
+    old_logprobs: str = setting("policy", "where pi_old is from", paper="policy", choices=("policy", "sampler"))
+    sampler_correction: str = setting("off", "weights by pi_old / pi_sampler", choices=tuple(SAMPLER_CORRECTIONS))
     sampler_ratio_cap: float = setting(2.0, "most that such a weight can be", "", "(0, inf)")
 
     learning_rate: float = setting(1e-6, "AdamW's, at its peak", "", "(0, inf)", paper=1e-6, section="optimizer")

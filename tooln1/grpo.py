@@ -307,13 +307,7 @@ SAMPLER_CORRECTIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 """
 
 
-AGGREGATIONS = (
-    "token_mean",
-    "microbatch_token_mean",
-    "sequence_mean_token_mean",
-    "sequence_mean_token_sum",
-    "dr_grpo",
-)
+AGGREGATIONS = ("token_mean", "microbatch_token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum", "dr_grpo")
 
 
 def aggregate(values: Tensor, mask: Tensor, how: str = "token_mean", total: float | Tensor | None = None) -> Tensor:
