@@ -147,6 +147,8 @@ def test_a_resumed_run_refuses_changed_and_unknown_settings():
     for cosine in ({"lr_schedule": "cosine"}, {"warmup_ratio": 0.1}):  # the learning rate depends on the steps
         with pytest.raises(UserError, match="steps 0"):
             resume(cosine, steps=4, **cosine)
+    with pytest.raises(UserError, match="lora_rank 0"):
+        resume({}, lora_rank=8)
     packed = {"loss_aggregation": "microbatch_token_mean"}
     with pytest.raises(UserError, match="1 processes"):
         resume(packed, (1, 2), **packed)

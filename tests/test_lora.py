@@ -109,6 +109,13 @@ def test_a_run_on_one_process_has_one_base_and_leaves_it_as_it_was(place, finish
     assert rows[-1]["kl"] > 0 and max(row["sampler_logprob_gap"] for row in rows[1:]) < 1e-4
 
 
+def test_another_reference_model_is_loaded(place):
+    tiny.write_model(place / "other", seed=1)
+    other = str(place / "other/model")
+    rows = tiny.measured(tiny.run(place, "other-reference", steps=1, reference_model=other, **LORA))
+    assert rows[0]["kl"] > 1  # the base is near
+
+
 def test_checkpoints_hold_adapters_and_the_export_both_forms(place, finished):
     folder, run = finished
     keys = set()

@@ -57,6 +57,8 @@ TABLE = [
     ("train", "--epochs 0 --steps 0", "epochs steps"),
     ("train", "--group-size 1", "group_size"),
     ("train", "--think false", "reward think binary_no_think"),
+    ("train", "--lora-targets q_proj,lm_head", "lora_targets q_proj,lm_head gate_proj"),
+    ("train", "--lora-rank 8 --offload-optimizer", "offload_optimizer LoRA"),
     ("train", "--config no/such.toml", "no/such.toml"),
     ("train", PRESET, "p.toml line 1", {"p.toml": "steps = \nseed = 1"}),
     ("train", PRESET, "p.toml groupsize group_size", {"p.toml": "groupsize = 4"}),
