@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from functools import partial
+from importlib.machinery import SourceFileLoader
 from numbers import Real
 from types import ModuleType
 from typing import Any
@@ -23,9 +24,6 @@ from tooln1.io.errors import UserError
 from tooln1.io.jsonl import read_text
 from tooln1.prompt import without_stop_token
 from tooln1.task import Task
-
-FP32_MAX = 3.4e38
-TOOL_N1_METRICS = ("accuracy", "format_ok")
 
 
 def load_task(file: str, think: bool = True, rule: str = "binary") -> Task:
@@ -36,16 +34,20 @@ def load_task(file: str, think: bool = True, rule: str = "binary") -> Task:
     """
     if not file:
         return Task(think, rule)
-    text = read_text(file)
-    task = Task(think, rule, file, hashlib.sha256(text.encode()).hexdigest()[:16])
-    module = sys.modules["task_file"] = ModuleType("task_file")  # not through a cache of bytecode: it is this text
-    _checked(file, "import", lambda _: exec(compile(text, file, "exec", dont_inherit=True), vars(module)), file)
+    task = Task(think, rule, file, hashlib.sha256(read_text(file).encode()).hexdigest()[:16])
+    module = sys.modules["task_file"] = ModuleType("task_file")
+    _checked(file, "import", lambda _: _Loader("task_file", file).exec_module(module), file)
     if not hasattr(module, "reward"):
         raise UserError(f"{file} has no function reward(reply, example), which every task needs.")
     for name in ("read", "messages", "reward", "metrics"):
         if hasattr(module, name):
             setattr(task, name, partial(_checked, file, name, getattr(module, name)))
     return task
+
+
+class _Loader(SourceFileLoader):
+    def get_code(self, name: str):  # of the file as it is now, without a cache
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _checked(file: str, name: str, function: Callable, *arguments: Any) -> Any:
@@ -61,8 +63,8 @@ def _checked(file: str, name: str, function: Callable, *arguments: Any) -> Any:
         raise
     except Exception:
         raise UserError(f"{where} failed:\n{traceback.format_exc()}") from None
-    if not all(isinstance(number, Real) and abs(number) < FP32_MAX for number in numbers):
+    if not all(isinstance(number, Real) and abs(number) < 3e38 for number in numbers):
         raise UserError(f"{where} is {value!r}; it must be a finite number.")
     if name == "metrics":  # no name of the run's own
-        return {key if key in TOOL_N1_METRICS else f"task/{key}": number for key, number in value.items()}
+        return {key if key in ("accuracy", "format_ok") else f"task/{key}": number for key, number in value.items()}
     return value
