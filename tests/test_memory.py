@@ -169,6 +169,15 @@ def test_activations_are_about_what_autograd_stores(checkpointing, changes):
     assert 0.9 < measured / expected < (1.7 if checkpointing else 1.15)  # the last norm is nearly a fifth layer
 
 
+def test_a_large_vocabulary_is_reduced_at_the_end():
+    """Embedding and head in bf16, their gradients and these in fp32; a second fp32 copy on a single process."""
+    shape = config(vocab_size=100_000, tie_word_embeddings=False)
+    table, settings = 2 * 100_000 * shape.hidden_size, SETTINGS | {"logprob_chunk_tokens": 1}
+    for processes, numbers in ((1, 2 + 2 + 4 + 4), (2, 2 + 2 + 4)):
+        stored, working = pass_bytes(shape, settings, 2, processes)
+        assert stored + working == numbers * table
+
+
 def test_a_container_has_what_its_control_group_is_limited_to(tmp_path, monkeypatch):
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(memory, "CGROUP_LIMITS", (str(tmp_path / "nowhere"), str(limit)))

@@ -31,6 +31,11 @@ def metrics(reply, example):
     return {"length": len(reply)}
 """
 WRONG = "def reward(reply, example): "
+READ_OF_A_RANK = """
+from tooln1.data import read_examples
+def read(path):
+    return read_examples(path, allow_extra=True)[:: -1 if os.environ["RANK"] == "1" else 1]
+"""
 
 
 @pytest.fixture
@@ -102,7 +107,8 @@ def test_a_checkpoint_refuses_another_task(here, monkeypatch, capsys):
     assert start(monkeypatch, "--resume", "--task", "task.py", "--steps", "2", "--allow-changes", "task") == 0
 
 
-def test_the_file_as_it_is_now_is_what_runs(here):
+def test_the_file_as_it_is_now_is_what_runs(here, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for reward in (0.5, 0.7, 0.9):  # rewritten within a second, with equally many bytes
         Path("task.py").write_text(f"{WRONG}return {reward}")
         assert load_task("task.py").reward("", tiny.examples(1)[0]) == reward
@@ -166,7 +172,14 @@ def test_ask_prints_prompt_thought_calls_and_faults(here, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_fault_on_one_of_two_processes_ends_both(here):
-    Path("task.py").write_text(f"import os\n{WRONG}return 1 / (os.environ['RANK'] == '0')")
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (f"{WRONG}return 1 / (os.environ['RANK'] == '0')", "ZeroDivisionError"),
+        (LETTERS + READ_OF_A_RANK, "not all processes read the same examples"),
+    ],
+)
+def test_a_fault_on_one_of_two_processes_ends_both(here, code, told):
+    Path("task.py").write_text(f"import os\n{code}")
     done = tiny.torchrun(2, "train.py", "--task", str(here / "task.py"), "--config", str(here / "run.toml"))
-    assert done.returncode and done.stderr.count("error: ") == 1 and "ZeroDivisionError" in done.stderr, done.stderr
+    assert done.returncode and done.stderr.count("error: ") == 1 and told in done.stderr, done.stderr

@@ -57,7 +57,7 @@ class World:
 
     @property
     def sharded(self) -> bool:
-        """Whether weights are FSDP2 shards: always, except in a single process on a CPU or with LoRA."""
+        """Whether `shard` shards: always, except in a single CPU process. LoRA in a single process does not call it."""
         return self.size > 1 or self.device.type == "cuda"
 
     def gather(self, items: list[T]) -> list[T]:

@@ -19,9 +19,8 @@ from tooln1.attention import Segment, packed_attention
 from tooln1.distributed import World
 from tooln1.io.errors import UserError
 from tooln1.io.model_config import ModelConfig
+from tooln1.run.faults import OUT_OF_MEMORY
 from tooln1.sampler.sampler import Sampler
-
-OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")  # CUDA and Triton, cuBLAS
 
 
 def choose(setting: str, chosen: str, levels: tuple[str, ...], attempt: Callable[[str], None], world: World) -> str:
