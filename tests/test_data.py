@@ -14,7 +14,8 @@ from conftest import shared
 from tooln1.data import EpochOrder, Example, read_examples, write_examples
 from tooln1.io.errors import UserError
 from tooln1.prepare import read_toolace, read_xlam
-from tooln1.prepare.convert import add_irrelevance, convert_toolace, convert_xlam
+from tooln1.prepare.augment import add_irrelevance, mask_names, masked
+from tooln1.prepare.convert import convert_toolace, convert_xlam
 from tooln1.prepare.split import source_row, split
 from tooln1.prompt import XLAM_SYSTEM, build_messages, drop_long
 
@@ -186,6 +187,76 @@ def test_irrelevance_copies():
     assert add_irrelevance(examples, 0, seed=0) == examples
 
 
+SCHEMA = {"type": "dict", "properties": {"city": {"type": "str"}, "type": {"type": "dict", "properties": {"city": {}}}}}
+BOTH_FORMS = [
+    {"name": "look", "parameters": {"city": {"type": "str", "default": "Oslo"}, "type": {"type": "int"}}},
+    {"name": "search", "parameters": SCHEMA | {"required": ["type"]}, "required": None},
+    {"name": "now", "parameters": {"type": "dict"}},
+    {"name": "today"},
+]
+HISTORY = [
+    {"role": "user", "content": 'look up city [{"name": "look"}]'},
+    {"role": "assistant", "content": json.dumps([call("look", city="é"), call("now")])},
+    {"role": "tool", "content": '[{"name": "look", "results": {"city": "é", "name": "now"}}]'},
+    {"role": "assistant", "content": "A sentence."},
+    {"role": "user", "content": "again"},
+]
+TWICE = [call("search", city="look", type={"city": 1}), call("search", city="b", other=2)]
+
+
+def renamed_back(masked_example, part, known):
+    """The JSON of a masked example, each of its new names replaced by the old one in its place."""
+    text = json.dumps(vars(masked_example), ensure_ascii=False).replace('\\"', "'")
+    new = masked_example.tools
+    names = [tool["name"] for tool in new] if part == "functions" else [*new[0]["parameters"]]
+    assert len({*names} | {*known}) == 2 * len(known) and all(name.isalpha() and len(name) == 8 for name in names)
+    for name, old in zip(names, known, strict=True):
+        text = text.replace(f'"{name}"', f'"{old}"').replace(f"'{name}'", f"'{old}'")
+    return text
+
+
+@pytest.mark.parametrize(
+    ("part", "known"), [("functions", ["look", "search", "now", "today"]), ("parameters", ["city", "type"])]
+)
+def test_masked_names_are_the_same_everywhere_and_nothing_else_changes(part, known):
+    before = example("m", tools=BOTH_FORMS, messages=HISTORY, answer=TWICE)
+    text = json.dumps(vars(before), ensure_ascii=False).replace('\\"', "'")
+    after = masked(before, part, seed=0)
+    assert renamed_back(after, part, known) == text
+    assert vars(before) == vars(example("m", tools=BOTH_FORMS, messages=HISTORY, answer=TWICE))  # and not in place
+    assert after.messages[0] == HISTORY[0] and after.answer[0]["name"] == after.answer[1]["name"]
+    look, search = (tool["parameters"] for tool in after.tools[:2])
+    city, kind = look
+    assert (
+        [*search["properties"]] == [city, kind] and search["required"] == [kind] and [*search] == [*SCHEMA, "required"]
+    )
+    assert after.answer[0]["arguments"] == {city: "look", kind: {"city": 1}}  # values and inner names stay
+    assert after.answer[1]["arguments"] == {city: "b", "other": 2}
+    assert json.loads(after.messages[1]["content"])[0]["arguments"] == {city: "é"}
+    assert masked(before, part, seed=1) != after != masked(replace(before, id="n"), part, seed=0)
+
+
+def test_examples_that_cannot_be_masked_are_left_out_of_the_draw():
+    said = [HISTORY[0], {"role": "assistant", "content": "I call look(x=1)."}, HISTORY[-1]]
+    quoted = [HISTORY[0], {"role": "assistant", "content": json.dumps(json.dumps([call("look")]))}, HISTORY[-1]]
+    bad = [example(f"turn {i}", tools=BOTH_FORMS, messages=turns) for i, turns in enumerate((said, quoted))]
+    bad += [example(f"form {form}", tools=[{"name": "f", "parameters": form}]) for form in (["x"], {"x": "str"})]
+    bad += [example("no tools", tools=[], answer=[])]
+    good = [example(f"e{i}") for i in range(15)]
+    for part in ("functions", "parameters"):
+        assert [masked(one, part, 0) for one in bad] == [None] * 5
+        after, count = mask_names(bad + good, part, 0.5, seed=0)
+        assert after[:5] == bad and count == sum(a != b for a, b in zip(after[5:], good, strict=True)) == 10
+        assert mask_names(bad + good, part, 0.5, seed=0) == (after, count)
+        assert mask_names((bad + good)[::-1], part, 0.5, seed=0)[0] == after[::-1]
+        assert mask_names(bad + good, part, 0.5, seed=1)[0] != after
+        assert mask_names(bad + good, part, 1, seed=0)[1] == 15 and mask_names(good, part, 0, seed=0) == (good, 0)
+    assert masked(example("nothing", tools=[{"name": "f"}]), "parameters", 0) is None
+    for fraction in (-0.1, 50):
+        with pytest.raises(UserError, match="between 0 and 1"):
+            mask_names(good, "functions", fraction, seed=0)
+
+
 def test_drop_long():
     class Letters:
         def render(self, messages, *, add_generation_prompt):
@@ -206,14 +277,16 @@ def test_command_writes_both_sides_and_a_report(write, tmp_path):
     xlam = write(*[xlam_row(f"q{i}") for i in range(20)], xlam_row(answers=[call("h")]), name="x.json", array=True)
     toolace = write(*[toolace_row(("user", f"{i}"), *DIALOGUE[1:]) for i in range(10)], name="t.jsonl")
     out = tmp_path / "out"
-    args = ["--xlam", xlam, "--toolace", toolace, "--out", out, "--seed", "5"]
+    args = ["--xlam", xlam, "--toolace", toolace, "--out", out, "--seed", "5", "--mask-functions", "0.5"]
     done = subprocess.run([sys.executable, "-m", "tooln1.prepare", *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| raw | 21 | 0 | 10 |\n| processed | 20 | 10 | 10 |" in done.stdout
     assert "dropped xLAM rows, calls a tool outside the list: 1" in done.stdout
     train, held_out = read_examples(out / "train.jsonl"), read_examples(out / "heldout.jsonl")
     examples = read_xlam(xlam) + read_toolace(toolace)
-    assert (train, held_out) == split(examples, seed=5)
+    sides = split(examples, seed=5)
+    assert train == mask_names(sides[0], "functions", 0.5, seed=5)[0] != sides[0] and held_out == sides[1]
+    assert f"training examples with masked functions: {round(len(train) / 2)}, parameters: 0" in done.stdout
     report = json.loads((out / "report.json").read_text())
     assert (report["train"], report["heldout"], report["options"]["seed"]) == (len(train), len(held_out), 5)
 

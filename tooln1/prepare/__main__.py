@@ -14,7 +14,8 @@ from collections import Counter
 from tooln1.data import write_examples
 from tooln1.io.errors import UserError, exit_on_user_error
 from tooln1.io.files import atomic_write, check_writable
-from tooln1.prepare.convert import SOURCES, XLAM, add_irrelevance, convert_toolace, convert_xlam
+from tooln1.prepare.augment import add_irrelevance, mask_names
+from tooln1.prepare.convert import SOURCES, XLAM, convert_toolace, convert_xlam
 from tooln1.prepare.split import split
 from tooln1.prompt import drop_long
 from tooln1.tokenizer import load_tokenizer
@@ -44,6 +45,9 @@ def prepare(args: argparse.Namespace) -> dict:
         raise UserError(f"no example is left, nothing was written ({''.join(dropped)}too long: {too_long or 0})")
     sides = split(examples, args.seed, args.held_out)
     sides = [add_irrelevance(side, args.irrelevance, args.seed) for side in sides]
+    copies, masked = sum(map(len, sides)) - len(examples), {}
+    for part, fraction in (("functions", args.mask_functions), ("parameters", args.mask_parameters)):
+        sides[0], masked[part] = mask_names(sides[0], part, fraction, args.seed)
     raw = Counter()
     for conversion in conversions:
         raw.update(conversion.rows)
@@ -52,7 +56,8 @@ def prepare(args: argparse.Namespace) -> dict:
         "processed": {source: sum(e.source == source for e in examples) for source in SOURCES},
         "train": len(sides[0]),
         "heldout": len(sides[1]),
-        "irrelevance_copies": sum(map(len, sides)) - len(examples),
+        "irrelevance_copies": copies,
+        "masked": masked,
         "dropped": {
             "xlam" if XLAM in conversion.rows else "toolace": dict(sorted(conversion.dropped.items()))
             for conversion in conversions
@@ -81,6 +86,8 @@ def format_report(report: dict) -> str:
     lines.append(f"dropped examples, prompt over {options['max_prompt_tokens']:,} tokens: {counted}")
     if report["irrelevance_copies"]:
         lines.append(f"irrelevance copies added after the split: {report['irrelevance_copies']:,}")
+    if any(report["masked"].values()):
+        lines.append("training examples with masked {}: {:,}, {}: {:,}".format(*sum(report["masked"].items(), ())))
     lines.append(f"train {report['train']:,}, held out {report['heldout']:,} (seed {options['seed']})")
     return "\n".join(lines)
 
@@ -91,7 +98,7 @@ def main() -> None:
     parser.add_argument("--toolace", help="ToolACE rows, JSON array or JSONL: {system, conversations}")
     parser.add_argument("--out", required=True, help="folder for train.jsonl, heldout.jsonl and report.json")
     parser.add_argument("--held-out", type=float, default=0.1, help="share of rows held out (paper: 0.1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split and of the irrelevance draw")
+    parser.add_argument("--seed", type=int, default=0, help="of the split, and of what the fractions draw")
     parser.add_argument(
         "--irrelevance",
         type=float,
@@ -99,6 +106,9 @@ def main() -> None:
         metavar="FRACTION",
         help="copies without the answer's tools, as a share of all (paper: 0)",
     )
+    for part in ("functions", "parameters"):
+        text = f"share of training examples whose {part} get random names, in place of the example as it was (paper: 0)"
+        parser.add_argument(f"--mask-{part}", type=float, default=0.0, metavar="FRACTION", help=text)
     parser.add_argument("--keep-no-call", action="store_true", help="keep turns without a call, as answer []")
     parser.add_argument("--tokenizer", help="model folder or hub id; with it, over-long prompts are dropped")
     parser.add_argument("--max-prompt-tokens", type=int, default=4096, help="longest prompt kept")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -14,7 +13,6 @@ from tqdm import tqdm
 from tooln1.data import NOT_JSON, Example, is_call, is_storable
 from tooln1.io.errors import UserError
 from tooln1.io.jsonl import field, kind_of, parse_json, read_rows, shown
-from tooln1.prepare.split import IRRELEVANT
 from tooln1.prepare.toolace import CallSyntaxError, is_call_turn, parse_calls, parse_function_call, split_system
 from tooln1.prompt import XLAM_SYSTEM
 
@@ -156,22 +154,3 @@ def _drop_reason(example: Example, keep_no_call: bool) -> str:
     if not example.messages or example.messages[-1]["role"] == "assistant":
         return NO_QUESTION
     return "" if is_storable(vars(example)) else NOT_JSON
-
-
-def add_irrelevance(examples: list[Example], fraction: float, seed: int) -> list[Example]:
-    """`examples`, then copies in which no tool fits (the answer's tools removed, answer []).
-
-    fraction: copies as a share of the examples, 0 in the released run. Copied are examples with an answer and
-    at least one other tool, drawn by a hash of (seed, id); fewer than asked where there are not enough.
-    Raises UserError unless 0 <= fraction <= 1.
-    """
-    if not 0 <= fraction <= 1:
-        raise UserError(f"the irrelevance fraction must be between 0 and 1, got {fraction}")
-    copies = []
-    for example in examples:
-        used = {call["name"] for call in example.answer}
-        others = [tool for tool in example.tools if tool["name"] not in used]
-        if used and others:
-            copies.append(replace(example, id=example.id + IRRELEVANT, tools=others, answer=[]))
-    copies.sort(key=lambda copy: hashlib.sha256(f"{seed}:{copy.id}".encode()).digest())
-    return examples + copies[: round(fraction * len(examples))]
