@@ -7,9 +7,12 @@ from dataclasses import asdict, replace
 
 import pytest
 import tiny
+import tokenizers
+from conftest import shared
 
 from tooln1.config import Config
 from tooln1.io.errors import UserError
+from tooln1.prompt import format_reply
 from tooln1.rewards import REWARDS
 from tooln1.run import checks
 from tooln1.run.checks import (
@@ -24,6 +27,7 @@ from tooln1.run.checks import (
 )
 from tooln1.run.checks import template as check_template
 from tooln1.run.memory import Estimate, Part
+from tooln1.sft import demonstrations
 from tooln1.task import Task
 from tooln1.tokenizer import load_tokenizer
 
@@ -122,6 +126,54 @@ def test_what_a_template_changes_is_found(changed, old, new, level, words):
     examples = [*tiny.examples(3), dialogue("t", "Hi ", "42 degrees")]
     tokenizer = changed(tiny.CHAT_TEMPLATE.replace(old, new))
     worst(check_template(tokenizer, examples, Task(), False), level, words)
+
+
+@pytest.mark.parametrize("reward", ["binary", "strict"])
+def test_llama_the_whole_way(tmp_path, reward):
+    """Messages, prompt, ids, reply and reward: LLaMA 3.1's template and special ids, over a tokenizer of bytes."""
+    published, folder = shared("reference/configs/Llama-3.1-8B-Instruct"), tmp_path
+    for file in ("chat_template.jinja", "generation_config.json"):
+        shutil.copy(published / file, folder)
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}')
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {word: i for i, word in enumerate([*alphabet, *(f"unused {i}" for i in range(128_000 - 256))])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    special = [
+        "begin_of_text",
+        "end_of_text",
+        "0",
+        "1",
+        "2",
+        "3",
+        "start_header_id",
+        "end_header_id",
+        "eom_id",
+        "eot_id",
+    ]
+    backend.add_special_tokens([f"<|{name}|>" for name in special])  # 128000, 128001, ...
+    backend.save(str(folder / "tokenizer.json"))
+    llama = load_tokenizer(folder)
+
+    one = replace(tiny.examples(1)[0], system="You add.\n")
+    result = dialogue("t", "Hi", '[{"name": "add", "results": "3 µm"}]')
+    for supervised in (True, False):
+        worst(check_template(llama, [one, result], Task(rule=reward), supervised), "ok", "2 examples")
+    worst(stop_ids(llama, 128_256), "ok", "128001 <|end_of_text|>, 128008 <|eom_id|>, 128009 <|eot_id|>")
+    prompt = llama.prompt_ids(Task().messages(one))
+    header = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+    dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # the template's own words
+    text = llama.decode(prompt)
+    assert text.startswith(f"{header}{dates}You add.\n# Tool") and prompt[:2] == [128000, 128006]
+    assert text.endswith("<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n") and 128000 not in prompt[1:]
+    reply = replace(one, reply=format_reply(one.answer, "It adds."))
+    (target,) = demonstrations([reply], llama, Task().messages)
+    assert target.prompt == prompt and target.reply == [*llama.encode(reply.reply), 128009]
+    wrong = llama.encode(format_reply([], "It adds."))
+    for stop in llama.stop_ids:
+        assert REWARDS[reward](llama.decode([*target.reply[:-1], stop]), one.answer) == 1
+        assert REWARDS[reward](llama.decode([*wrong, stop]), one.answer) == 0
 
 
 @pytest.mark.parametrize(("supervised", "level"), [(False, "warning"), (True, "error")])

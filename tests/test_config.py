@@ -198,5 +198,6 @@ def test_presets_differ_from_the_papers_run_in_what_they_are_about():
     assert changed("ablation_format_name_partial") == {"reward": "format_name_partial"}
     assert changed("ablation_no_think") == {"reward": "binary_no_think", "think": False}
     assert set(changed("ablation_xlam_only")) == set(changed("ablation_toolace_only")) == {"train_data", "eval_data"}
+    assert changed("tool_n1_llama3.1_8b") == {"model": "meta-llama/Llama-3.1-8B-Instruct"}
     directories = [load_config([], path).run_dir for path in PRESETS]
     assert len(set(directories)) == len(directories)

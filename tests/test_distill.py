@@ -122,7 +122,7 @@ def test_an_endpoint_that_refuses_ends_in_a_sentence_without_the_key(teacher, da
     first = [body for *_, body in teacher.requests if body["messages"] == build_messages(EXAMPLES[0])]
     assert len(first) == requests and f"/v1/chat/completions gives no reply: {answer[0]}" in printed
     assert printed.count("error: ") == 1 and "Traceback" not in printed and ("is unknown" in printed) == (requests == 1)
-    teacher.script["tiny-0"] = [right(EXAMPLES[0])]
+    teacher.script = {example.id: [right(example)] for example in EXAMPLES}
     assert run(*asked(teacher, data)) == 0
     files = [path.read_text() for path in (data.parent / "out").iterdir()]
     assert len(files) == 3 and not any("secret" in text for text in [printed, *capsys.readouterr(), *files])

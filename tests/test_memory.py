@@ -23,6 +23,8 @@ from tooln1.sampler.sampler import Sampler
 from tooln1.update import PolicyLoss, add_logprobs, optimizer_step
 
 GIB = 1 << 30
+LLAMA_3B = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
+LLAMA_3B |= {"head_dim": 128, "tie_word_embeddings": True}  # LLaMA-3.2-3B, beside 3.1-8B
 SETTINGS = asdict(
     Config(tokens_per_microbatch=100, logprob_chunk_tokens=64, prompts_per_step=4, prompts_per_minibatch=4)
 )
@@ -132,12 +134,15 @@ def test_qwen_7b_on_eight_gpus_by_hand():
 @pytest.mark.parametrize(
     ("preset", "gpus", "gigabytes"),
     [("0.5b", 1, 80), ("1.5b", 1, 80), ("3b", 1, 80), ("7b", 8, 80), ("14b", 32, 80), ("14b_8gpus", 8, 80)]
-    + [("0.5b_24gb", 1, 24), ("7b_lora", 1, 80), ("1.5b_lora", 1, 24)],
+    + [("0.5b_24gb", 1, 24), ("7b_lora", 1, 80), ("1.5b_lora", 1, 24), ("llama3.1_8b", 8, 80), ("llama3.2_3b", 1, 80)],
 )
 def test_presets_fit_and_leave_a_cache_of_use(preset, gpus, gigabytes):
     run = Config(**asdict(Config()) | read_preset(f"configs/tool_n1_{preset}.toml"))
-    file = shared(f"reference/configs/{run.model.split('/')[1]}/config.json")
-    model = parse_config(json.loads(file.read_text()))
+    name = run.model.split("/")[1].replace("3.2-3B", "3.1-8B")
+    changes = LLAMA_3B if "3.2-3B" in run.model else {}
+    file = shared(f"reference/configs/{name}/config.json")
+    model = parse_config(json.loads(file.read_text()) | changes)
+    assert not changes or model.num_parameters == 3_212_749_824
     settings = resolved(run, model.num_parameters)
     frozen = None if run.lora_rank else model
     needed = estimate(model, frozen, settings, {"GPU": gigabytes * 10**9, "host": 10**12}, gpus, 4096, 8192)

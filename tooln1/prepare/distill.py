@@ -147,13 +147,13 @@ def post(url: str, body: dict) -> bytes:
         except urllib.error.HTTPError as error:
             reason, after = f"{error.code} {error.reason}", error.headers.get("Retry-After", "")
             if error.code != 429 and error.code < 500:
-                reason += f": {error.read().decode(errors='replace')}".replace(key or "\n", "...")[:300]
+                reason += ": " + " ".join(error.read().decode(errors="replace").replace(key or "\n", "...").split())
                 break
             wait = int(after) if after.isdecimal() else wait
         except (OSError, http.client.HTTPException) as error:
             reason = str(error)
         time.sleep(wait)
-    raise UserError(f"{url} gives no reply: {reason}. Put that right, and the same command goes on.")
+    raise UserError(f"{url} gives no reply: {reason[:300]}. Put that right, and the same command goes on.")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
