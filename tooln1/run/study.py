@@ -68,8 +68,8 @@ class Job:
     def is_done(self) -> bool:
         """Whether the results are there, and the runs' recorded settings are those of the study."""
         recorded = [(Path(config.run_dir) / "config.toml", recorded_settings(config)) for config in self.configs]
-        return all(path.exists() for path in (self.results, *(path for path, _ in recorded))) and all(
-            path.read_text(encoding="utf-8") == settings for path, settings in recorded
+        return self.results.exists() and all(
+            path.exists() and path.read_text(encoding="utf-8") == settings for path, settings in recorded
         )
 
     def scores(self) -> dict[str, float]:
@@ -156,18 +156,15 @@ def markdown(study: Study, jobs: list[Job]) -> str:
 
 
 def mean_run(jobs: list[Job]) -> list[dict[str, Any]]:
-    """The metrics of the last stage by step, each the mean over the jobs that have reached the step."""
-    by_step: dict[int, list[dict[str, Any]]] = {}
-    for job in jobs:
-        for row in read_metrics(Path(job.configs[-1].run_dir) / "metrics.jsonl"):
-            by_step.setdefault(row["step"], []).append(row)
+    """The metrics of the last stage by step, each the mean over the jobs."""
+    runs = [read_metrics(Path(job.configs[-1].run_dir) / "metrics.jsonl") for job in jobs]
     return [
         {
             name: statistics.fmean(row[name] for row in rows)
             for name in rows[0]
-            if all(type(row.get(name)) in (int, float) for row in rows)
+            if all(row.get(name) is not None for row in rows)
         }
-        for rows in by_step.values()
+        for rows in zip(*runs, strict=False)
     ]
 
 
