@@ -3,6 +3,7 @@
     python -m tooln1.demo data --out DIR          pretrain.jsonl, warmstart.jsonl, train.jsonl, heldout.jsonl
     python -m tooln1.demo tokenizer --out DIR     tokenizer files, trained on that data
     python -m tooln1.demo init-model --tokenizer DIR --out DIR    a random model beside a copy of its tokenizer
+    python -m tooln1.demo parts --out DIR         one_call.jsonl, two_calls.jsonl: the parts of train.jsonl
 
 docs/demo.md has the whole recipe. A model learns the task from right replies (`pretrain`), then a second teacher's bad
 habits (`warmstart`: numbers written as strings, the second of two calls and what is optional forgotten); the reward
@@ -18,6 +19,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, pre_tokenizers
 
+from tooln1.data import read_examples, write_examples
 from tooln1.demo.requests import ASSETS, examples_of, reply_with, write_data
 from tooln1.io.errors import UserError, exit_on_user_error
 from tooln1.io.files import atomic_write, check_writable
@@ -111,21 +113,37 @@ def write_tokenizer(folder: Path, seed: int = 0, vocab_size: int = 2048) -> None
             file.write(json.dumps(value, indent=2) + "\n")
 
 
-def write_model(folder: Path, tokenizer_folder: Path, seed: int = 0) -> None:
-    """A random model of the committed demo's shape, with the tokenizer of `tokenizer_folder` copied beside it."""
+def write_model(folder: Path, tokenizer_folder: Path, width: int = 128, layers: int = 4, seed: int = 0) -> None:
+    """A random model in the style of the committed demo's, with the tokenizer of `tokenizer_folder` beside it."""
     vocab_size = -(-load_tokenizer(tokenizer_folder).vocab_size // 64) * 64
     shape = json.loads((ASSETS / "model" / "config.json").read_text(encoding="utf-8")) | {"vocab_size": vocab_size}
+    shape |= {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers}
     model = random_model(parse_config(shape), seed)
     model.source = tokenizer_folder
     save_model(model, folder)
 
 
+def write_parts(folder: Path) -> None:
+    """The training requests for one call, and those for two: the data of studies/demo_table5.toml."""
+    examples = read_examples(ASSETS / "train.jsonl")
+    parts = {
+        "one_call": [e for e in examples if len(e.answer) == 1],
+        "two_calls": [e for e in examples if e.answer[1:]],
+    }
+    for name, part in parts.items():
+        write_examples(part, folder / f"{name}.jsonl")
+    with atomic_write(folder / "report.json") as file:
+        file.write(json.dumps({name: len(part) for name, part in parts.items()}) + "\n")
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tooln1.demo", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("data", "tokenizer", "init-model"))
+    parser.add_argument("what", choices=("data", "tokenizer", "init-model", "parts"))
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--tokenizer", type=Path, help="init-model: the tokenizer's folder")
+    parser.add_argument("--width", type=int, default=128, help="init-model: the hidden size")
+    parser.add_argument("--layers", type=int, default=4, help="init-model: the number of layers")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     check_writable(args.out, "--out")
@@ -133,10 +151,12 @@ def main() -> None:
         write_data(args.out, args.seed)
     elif args.what == "tokenizer":
         write_tokenizer(args.out, args.seed)
+    elif args.what == "parts":
+        write_parts(args.out)
     elif args.tokenizer is None:
         raise UserError("init-model needs --tokenizer FOLDER.")
     else:
-        write_model(args.out, args.tokenizer, args.seed)
+        write_model(args.out, args.tokenizer, args.width, args.layers, args.seed)
     print(f"written: {args.out}")
 
 

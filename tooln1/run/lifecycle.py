@@ -81,8 +81,13 @@ def open_log(run: Run) -> RunLog:
     """Write config.toml and open the logs, cut back to the completed steps."""
     config, run_dir = run.config, Path(run.config.run_dir)
     with atomic_write(run_dir / "config.toml") as file:
-        file.write(to_toml(replace(config, resume="", allow_changes="", check=False)))
+        file.write(recorded_settings(config))
     return RunLog(run_dir, run.steps, run.completed_steps, config.tensorboard)
+
+
+def recorded_settings(config: Config) -> str:
+    """The content of a run's config.toml: all settings but those of a single start."""
+    return to_toml(replace(config, resume="", allow_changes="", check=False))
 
 
 def metrics_of_step(run: Run, step: int) -> Metrics:

@@ -88,13 +88,18 @@ def text_plot(runs: dict[str, Run]) -> str:
     return "\n".join(lines)
 
 
-def figure(runs: dict[str, Run]) -> Any:
-    """The panels as a matplotlib Figure; curves of 20 values or more are smoothed. UserError without matplotlib."""
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib Figure, in inches. UserError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("matplotlib is not installed; pip install -r requirements-extra.txt, or pass --text.") from None
-    drawing = Figure(figsize=(10.5, 5.6), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def figure(runs: dict[str, Run]) -> Any:
+    """The panels as a matplotlib Figure; curves of 20 values or more are smoothed. UserError without matplotlib."""
+    drawing = new_figure(10.5, 5.6)
     for (title, metrics), axis in zip(PANELS.items(), drawing.subplots(2, 3).flat, strict=True):
         axis.set_title(title, loc="left", fontsize=10)
         axis.grid(axis="y", alpha=0.4)
