@@ -227,9 +227,8 @@ def test_masked_names_are_the_same_everywhere_and_nothing_else_changes(part, kno
     assert after.messages[0] == HISTORY[0] and after.answer[0]["name"] == after.answer[1]["name"]
     look, search = (tool["parameters"] for tool in after.tools[:2])
     city, kind = look
-    assert (
-        [*search["properties"]] == [city, kind] and search["required"] == [kind] and [*search] == [*SCHEMA, "required"]
-    )
+    assert [*search] == [*SCHEMA, "required"] and [*search["properties"]] == [city, kind]
+    assert search["required"] == [kind]
     assert after.answer[0]["arguments"] == {city: "look", kind: {"city": 1}}  # values and inner names stay
     assert after.answer[1]["arguments"] == {city: "b", "other": 2}
     assert json.loads(after.messages[1]["content"])[0]["arguments"] == {city: "é"}
@@ -252,9 +251,6 @@ def test_examples_that_cannot_be_masked_are_left_out_of_the_draw():
         assert mask_names(bad + good, part, 0.5, seed=1)[0] != after
         assert mask_names(bad + good, part, 1, seed=0)[1] == 15 and mask_names(good, part, 0, seed=0) == (good, 0)
     assert masked(example("nothing", tools=[{"name": "f"}]), "parameters", 0) is None
-    for fraction in (-0.1, 50):
-        with pytest.raises(UserError, match="between 0 and 1"):
-            mask_names(good, "functions", fraction, seed=0)
 
 
 def test_drop_long():

@@ -96,7 +96,7 @@ def test_right_replies_are_kept_and_the_others_counted(teacher, data, capsys):
     path, key, body = teacher.requests[0]
     assert (path, key) == ("/v1/chat/completions", f"Bearer {KEY}")
     assert body | {"messages": 0} == {"model": "r1", "messages": 0, "temperature": 0.5, "max_tokens": 77}
-    kept = read_examples(data.parent / "out" / "train.jsonl")
+    kept = read_examples(data.parent / "out" / "traces.jsonl")
     assert kept == [replace(e[i], reply=format_reply(e[i].answer, "It adds.")) for i in (0, 1, 2, 7)]
     assert all(REWARDS["binary"](example.reply, example.answer) == 1 for example in kept)
     report = json.loads((data.parent / "out" / "report.json").read_text())
@@ -109,7 +109,7 @@ def test_a_busy_endpoint_is_asked_again(teacher, data):
     teacher.script["tiny-0"] = [(429, {"Retry-After": "7"}, "wait"), right(EXAMPLES[0])]
     teacher.script["tiny-2"] = [(500, {}, ""), (503, {"Retry-After": "soon"}, ""), (0, {}, ""), right(EXAMPLES[2])]
     assert run(*asked(teacher, data, "--source", "s0")) == 0
-    kept = read_examples(data.parent / "out" / "train.jsonl")
+    kept = read_examples(data.parent / "out" / "traces.jsonl")
     assert [example.id for example in kept] == ["tiny-0", "tiny-2", "tiny-4", "tiny-6"]
     assert sorted(teacher.pauses) == [1, 2, 4, 7] and not teacher.script["tiny-2"]
 
@@ -129,7 +129,7 @@ def test_an_endpoint_that_refuses_ends_in_a_sentence_without_the_key(teacher, da
 
 
 def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(teacher, data, tmp_path):
-    wrong, out, files = (200, {}, {"content": "no"}), tmp_path / "out", ("train.jsonl", "report.json")
+    wrong, out, files = (200, {}, {"content": "no"}), tmp_path / "out", ("traces.jsonl", "report.json")
     arguments = asked(teacher, data, "--samples", 2, "--concurrency", 2)
     whole = {example.id: [wrong, wrong if i == 5 else right(example, "ü")] for i, example in enumerate(EXAMPLES)}
     teacher.script = {name: [*answers] for name, answers in whole.items()}
@@ -177,15 +177,15 @@ def test_a_model_on_this_machine_gives_the_replies_of_its_evaluation(tmp_path, c
 
     arguments = ["--examples", data, "--out", out, *sampling]
     assert run(*arguments) == 0 and f"kept {len(expected)} of 8 examples" in capsys.readouterr().out
-    kept = (out / "train.jsonl").read_bytes()
-    assert {example.id: example.reply for example in read_examples(out / "train.jsonl")} == expected
+    kept = (out / "traces.jsonl").read_bytes()
+    assert {example.id: example.reply for example in read_examples(out / "traces.jsonl")} == expected
     rejected = json.loads((out / "report.json").read_text())["rejected"]
     assert 3 * rejected["prompt_too_long"] == faults["prompt_too_long"] and sum(rejected.values()) == 8 - len(expected)
     lines = (out / "progress.jsonl").read_text().splitlines(keepends=True)
     (out / "progress.jsonl").write_text("".join(lines[:4]))
-    assert run(*arguments) == 0 and (out / "train.jsonl").read_bytes() == kept
+    assert run(*arguments) == 0 and (out / "traces.jsonl").read_bytes() == kept
     assert (out / "progress.jsonl").read_text().splitlines(keepends=True) == lines
 
-    file, size = str(out / "train.jsonl"), {"prompts_per_step": 2, "prompts_per_minibatch": 2, "steps": 1}
+    file, size = str(out / "traces.jsonl"), {"prompts_per_step": 2, "prompts_per_minibatch": 2, "steps": 1}
     imitated = tiny.run(tmp_path, "sft", mode="sft", model=str(DEMO / "model"), train_data=file, eval_data="", **size)
     assert "loss" in tiny.measured(imitated)[0] and (imitated / "hf" / "model.safetensors").exists()

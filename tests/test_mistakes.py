@@ -107,6 +107,7 @@ TABLE = [
     ("prepare", "", "--xlam"),
     ("prepare", "--toolace xlam.json", 'xlam.json, row 0 "conversations"'),
     ("prepare", "--xlam xlam.json --out data.jsonl", "--out data.jsonl"),
+    ("prepare", "--xlam xlam.json --mask-functions 50", "--mask-functions 0 1"),
     ("demo", "init-model --out out --tokenizer nowhere/at/all", "nowhere/at/all"),
     ("plot", "gone", "gone"),
     ("plot", "finished", "finished/metrics.jsonl line 1", {"finished/metrics.jsonl": "{\n"}),

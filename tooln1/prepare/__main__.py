@@ -30,6 +30,8 @@ def prepare(args: argparse.Namespace) -> dict:
     """Convert, filter, split and write train.jsonl, heldout.jsonl and report.json; returns the report."""
     if not (args.xlam or args.toolace):
         raise UserError("nothing to convert: pass --xlam FILE, --toolace FILE or both")
+    if not all(0 <= fraction <= 1 for fraction in (args.irrelevance, args.mask_functions, args.mask_parameters)):
+        raise UserError("--irrelevance, --mask-functions and --mask-parameters take a share from 0 to 1")
     out = check_writable(args.out, "--out")
     conversions = []
     if args.xlam:

@@ -7,7 +7,6 @@ import json
 from dataclasses import replace
 
 from tooln1.data import Example
-from tooln1.io.errors import UserError
 from tooln1.prepare.split import IRRELEVANT
 
 
@@ -24,14 +23,7 @@ def add_irrelevance(examples: list[Example], fraction: float, seed: int) -> list
         if used and others:
             copies.append(replace(example, id=example.id + IRRELEVANT, tools=others, answer=[]))
     copies.sort(key=lambda copy: digest(seed, copy.id))
-    return examples + copies[: share(fraction, examples)]
-
-
-def share(fraction: float, examples: list[Example]) -> int:
-    """How many examples a fraction of them is. Raises UserError unless 0 <= fraction <= 1."""
-    if not 0 <= fraction <= 1:
-        raise UserError(f"a fraction of the examples must be between 0 and 1, got {fraction}")
-    return round(fraction * len(examples))
+    return examples + copies[: round(fraction * len(examples))]
 
 
 def digest(*parts: str | int) -> bytes:
@@ -46,7 +38,7 @@ def mask_names(examples: list[Example], part: str, fraction: float, seed: int) -
     """
     found: dict[int, Example] = {}
     for index in sorted(range(len(examples)), key=lambda index: digest(seed, part, examples[index].id)):
-        if len(found) < share(fraction, examples) and (new := masked(examples[index], part, seed)):
+        if len(found) < round(fraction * len(examples)) and (new := masked(examples[index], part, seed)):
             found[index] = new
     return [found.get(index, example) for index, example in enumerate(examples)], len(found)
 

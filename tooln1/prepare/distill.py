@@ -1,10 +1,10 @@
 """Distillation with rejection: a teacher answers the training prompts, and the right replies are kept to imitate.
 
-    python -m tooln1.prepare.distill --examples data/tool_n1/train.jsonl --source toolace_single_turn \\
+    python -m tooln1.prepare.distill --examples data/tool_n1_toolace/train.jsonl --source toolace_single_turn \\
         --endpoint https://api.deepseek.com/v1 --teacher-model deepseek-reasoner --out data/distilled
 
-Writes train.jsonl for mode sft (paper, Table 3), report.json, and progress.jsonl, a line for each example: after a kill
-the same command goes on from there. The key of an endpoint is read from OPENAI_API_KEY and written nowhere.
+Writes traces.jsonl for mode sft (paper, Table 3), report.json, and progress.jsonl, a line for each example: after a
+kill the same command goes on from there. The key of an endpoint is read from OPENAI_API_KEY and written nowhere.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ATTEMPTS, TIMEOUT = 8, 900  # requests for one reply, with pauses of 1, 2, 4 ...
 
 
 def distill(options: argparse.Namespace) -> dict:
-    """Complete progress.jsonl, then write train.jsonl and report.json; returns the report."""
+    """Complete progress.jsonl, then write traces.jsonl and report.json; returns the report."""
     out = check_writable(options.out, "--out")
     examples = [example for example in read_examples(options.examples) if options.source in ("", example.source)]
     if not examples:
@@ -62,7 +62,7 @@ def distill(options: argparse.Namespace) -> dict:
     faults = Counter(done[example.id]["fault"] for example in examples)
     report = {"asked": len(examples), "kept": faults.pop("none", 0), "share_kept": len(kept) / len(examples)}
     report |= {"rejected": dict(faults.most_common()), "settings": settings, "options": vars(options)}
-    write_examples(kept, out / "train.jsonl")
+    write_examples(kept, out / "traces.jsonl")
     with atomic_write(out / "report.json") as file:
         file.write(json.dumps(report, indent=2) + "\n")
     return report
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     teacher.add_argument("--endpoint", metavar="URL", help="of an OpenAI-compatible API, up to /v1")
     teacher.add_argument("--model", help="a teacher on this machine: Hugging Face directory or hub id")
     add("--teacher-model", metavar="NAME", help="the teacher's name at the endpoint")
-    add("--out", required=True, metavar="DIR", help="directory for train.jsonl, report.json and progress.jsonl")
+    add("--out", required=True, metavar="DIR", help="directory for traces.jsonl, report.json and progress.jsonl")
     add(
         "--samples",
         type=int,
