@@ -157,6 +157,7 @@ def test_other_settings_are_refused(teacher, data, capsys, changes):
     assert {path: path.read_bytes() for path in (data.parent / "out").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_model_on_this_machine_gives_the_replies_of_its_evaluation(tmp_path, capsys):
     """The demo model: of what eval.py generates with the same settings, the first right replies, also after a kill."""
     examples, data, out = read_examples(DEMO / "heldout.jsonl")[:8], tmp_path / "data.jsonl", tmp_path / "out"
