@@ -15,6 +15,7 @@ Exit code 0: scored. 1: scored, but categories are missing, or cases without a u
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import sys
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from tooln1.benchmarks import NAMES, bfcl, paper, runner, table
@@ -32,12 +34,13 @@ from tooln1.io import weights
 from tooln1.io.errors import UserError, exit_on_user_error
 from tooln1.io.files import atomic_write, check_writable
 from tooln1.io.jsonl import parse_json, read_rows, read_text
-from tooln1.model import model_files, read_config
+from tooln1.model import load_model, model_files, read_config
 from tooln1.prompt import THINK_CLOSE, THINK_OPEN, XLAM_SYSTEM, parse_reply, without_stop_token
-from tooln1.run.kernels import load_sampler
+from tooln1.run.kernels import choose_decode
 from tooln1.run.metrics import to_json
 from tooln1.run.task_file import load_task
-from tooln1.tokenizer import load_tokenizer
+from tooln1.sampler.sampler import Sampler
+from tooln1.tokenizer import Tokenizer, load_tokenizer
 
 PATHS = ("model", "data")  # settings that may change between two runs with one --out: their contents are compared
 BATCHES_PER_CHUNK = 4  # full batches (--rows) of replies in a chunk, which is what a kill may lose
@@ -83,7 +86,7 @@ def ask(options: argparse.Namespace, world: World) -> None:
     tools = [tool for _, tool in read_rows(options.tools)] if options.tools else []
     example = Example("ask", "ask", XLAM_SYSTEM, tools, [{"role": "user", "content": options.ask}], [])
     benchmark = runner.held_out_benchmark("--ask", [example], load_task(options.task, options.think))
-    tokenizer, sampler = load_sampler(options.model, world, options.rows)
+    tokenizer, sampler = load(options, world, options.model)
     prompt = tokenizer.prompt_ids(options.generation.messages(benchmark.cases[0]))
     (found,) = runner.generate_predictions(benchmark, sampler, tokenizer, world, options.generation)
     prediction = found["heldout", "ask", 0]
@@ -128,7 +131,7 @@ def generate(
     options: argparse.Namespace, world: World, benchmarks: Sequence[LoadedBenchmark], source: str, out: Path
 ) -> dict:
     """Complete the model's predictions in `out`/predictions.jsonl; returns the settings they are generated with."""
-    (tokenizer, sampler), generation = load_sampler(source, world, options.rows), options.generation
+    (tokenizer, sampler), generation = load(options, world, source), options.generation
     prompts = [[(case.id, generation.messages(case)) for case in benchmark.cases] for benchmark in benchmarks]
     settings = {
         "model": source,
@@ -154,6 +157,18 @@ def generate(
             known |= new
             world.run_on_all_ranks(write, f"--out {out}")
     return settings
+
+
+def load(options: argparse.Namespace, world: World, source: str) -> tuple[Tokenizer, Sampler]:
+    """A model's tokenizer, and the model in a sampler."""
+    gc.collect()  # frees the memory of the model before this one
+    torch.cuda.empty_cache()
+    cuda, tokenizer = world.device.type == "cuda", load_tokenizer(source)
+    dtype = torch.bfloat16 if cuda else torch.float32  # as in training
+    model = load_model(source, dtype, world.device, tokenizer.vocab_size)
+    sampler = Sampler(model, tokenizer.stop_ids, options.rows or (512 if cuda else 64))
+    choose_decode(sampler, "auto", world)
+    return tokenizer, sampler
 
 
 def resume(out: Path, settings: dict, benchmarks: Sequence[LoadedBenchmark]) -> dict:

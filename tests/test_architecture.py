@@ -95,7 +95,9 @@ RUNS_A_PROGRAM = ("os.exec", "os.spawn", "os.posix_spawn")
 
 def test_nothing_is_evaluated_unpickled_or_run():
     for path in PRODUCT:
-        assert not {name for name in imports(path) if FORBIDDEN_MODULES & {name, name.split(".")[0]}}, path
+        found = {name for name in imports(path) if FORBIDDEN_MODULES & {name, name.split(".")[0]}}
+        # a study starts train.py, eval.py and modules of this package (study.PREPARE), no other program
+        assert found == ({"subprocess"} if path.name == "study.py" else set()), path
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
 
 from tooln1.data import Example
@@ -44,26 +43,31 @@ def mask_names(examples: list[Example], part: str, fraction: float, seed: int) -
 
 
 def masked(example: Example, part: str, seed: int) -> Example | None:
-    """The example with random letters for the names of its functions or parameters, in tools, answer and earlier turns.
+    """The example with random letters for the names of its functions or parameters, in tools and answer alike.
 
     part: "functions" or "parameters"; parameters inside others keep their names. None where there is nothing to rename,
-    where parameters have an unknown form, and where an earlier turn names a function but is no JSON list of calls.
+    where parameters have an unknown form, and where earlier turns hold the old names.
     """
-    functions = [tool["name"] for tool in example.tools]
-    properties = [_properties(tool) for tool in example.tools]
-    if None in properties:
+    schemas = [properties(tool) for tool in example.tools]
+    if len(example.messages) > 1 or None in schemas:
         return None
-    names = functions if part == "functions" else {name: None for known in properties for name in known}
-    letters = {name: "".join(chr(97 + byte % 26) for byte in digest(seed, example.id, name)[:8]) for name in names}
-    new = (letters, {}) if part == "functions" else ({}, letters)
-    messages = [_renamed_turn(turn, functions, *new) for turn in example.messages]
-    if not letters or None in messages:
-        return None
-    tools, answer = [_renamed_tool(tool, *new) for tool in example.tools], [_renamed(c, *new) for c in example.answer]
-    return replace(example, tools=tools, messages=messages, answer=answer)
+    names = [name for schema in schemas for name in schema]
+    if part == "functions":
+        names = [tool["name"] for tool in example.tools]
+    new = {name: "".join(chr(97 + byte % 26) for byte in digest(seed, example.id, name)[:8]) for name in names}
+    if part == "functions":
+        tools = [tool | {"name": new[tool["name"]]} for tool in example.tools]
+        answer = [call | {"name": new.get(call["name"], call["name"])} for call in example.answer]
+    else:
+        tools = [with_names(tool, new) for tool in example.tools]
+        answer = [
+            call | {"arguments": {new.get(key, key): value for key, value in call["arguments"].items()}}
+            for call in example.answer
+        ]
+    return replace(example, tools=tools, answer=answer) if new else None
 
 
-def _properties(tool: dict) -> dict[str, dict] | None:
+def properties(tool: dict) -> dict[str, dict] | None:
     """A tool's parameters by name, from a JSON schema or from xLAM's flat form; None where they are in neither."""
     found = tool.get("parameters") or {}
     if isinstance(found, dict) and isinstance(found.get("type"), str):
@@ -71,34 +75,13 @@ def _properties(tool: dict) -> dict[str, dict] | None:
     return found if isinstance(found, dict) and all(isinstance(one, dict) for one in found.values()) else None
 
 
-def _renamed_tool(tool: dict, functions: dict[str, str], parameters: dict[str, str]) -> dict:
-    new, properties = _renamed(tool, functions, parameters), _properties(tool)
-    renamed = {parameters.get(name, name): value for name, value in properties.items()}
-    if properties is tool.get("parameters"):
-        new["parameters"] = renamed
-    elif properties:
-        new["parameters"] = tool["parameters"] | {"properties": renamed}
-        if isinstance(required := tool["parameters"].get("required"), list):
-            new["parameters"]["required"] = [parameters.get(str(name), name) for name in required]
-    return new
-
-
-def _renamed(call: dict, functions: dict[str, str], parameters: dict[str, str]) -> dict:
-    """A call; or a tool, or the result of a call, which have no arguments."""
-    new = call | {"name": functions.get(call["name"], call["name"])}
-    if isinstance(call.get("arguments"), dict):
-        new["arguments"] = {parameters.get(key, key): value for key, value in call["arguments"].items()}
-    return new
-
-
-def _renamed_turn(turn: dict, names: list[str], functions: dict[str, str], parameters: dict[str, str]) -> dict | None:
-    """The turn with its calls or results renamed; None where it names a function in another form."""
-    text = turn["content"]
-    if turn["role"] == "user":
-        return turn
-    try:
-        calls = json.loads(text)
-        new = [_renamed(call, functions, parameters) for call in calls]
-    except (ValueError, TypeError, LookupError, RecursionError):  # no JSON, or no list of calls
-        return None if any(name in text for name in names) else turn
-    return turn if new == [*calls] else turn | {"content": json.dumps(new, ensure_ascii=text.isascii())}
+def with_names(tool: dict, new: dict[str, str]) -> dict:
+    """The tool with new names of its parameters."""
+    found = properties(tool)
+    renamed = {new[name]: about for name, about in found.items()}
+    if not found or found is tool["parameters"]:
+        return tool | ({"parameters": renamed} if found else {})
+    schema = tool["parameters"] | {"properties": renamed}
+    if isinstance(schema.get("required"), list):
+        schema["required"] = [new.get(str(name), name) for name in schema["required"]]
+    return tool | {"parameters": schema}

@@ -19,10 +19,8 @@ from tooln1.attention import Segment, packed_attention
 from tooln1.distributed import World
 from tooln1.io.errors import UserError
 from tooln1.io.model_config import ModelConfig
-from tooln1.model import load_model
 from tooln1.run.faults import OUT_OF_MEMORY
 from tooln1.sampler.sampler import Sampler
-from tooln1.tokenizer import Tokenizer, load_tokenizer
 
 
 def choose(setting: str, chosen: str, levels: tuple[str, ...], attempt: Callable[[str], None], world: World) -> str:
@@ -67,18 +65,6 @@ def choose_decode(sampler: Sampler, chosen: str, world: World) -> None:
 
     sampler.decode = choose("rollout_decode", chosen, ("graph", "eager", "gathered"), attempt, world)
     sampler.graphs.clear()
-
-
-def load_sampler(model: str, world: World, rows: int = 0) -> tuple[Tokenizer, Sampler]:
-    """A model's tokenizer, and the model in a sampler of at most `rows` replies at once (0: 512 on CUDA, else 64)."""
-    gc.collect()  # frees the memory of the model before this one
-    torch.cuda.empty_cache()
-    cuda, tokenizer = world.device.type == "cuda", load_tokenizer(model)
-    dtype = torch.bfloat16 if cuda else torch.float32  # as in training
-    loaded = load_model(model, dtype, world.device, tokenizer.vocab_size)
-    sampler = Sampler(loaded, tokenizer.stop_ids, rows or (512 if cuda else 64))
-    choose_decode(sampler, "auto", world)
-    return tokenizer, sampler
 
 
 def choose_update_attention(config: ModelConfig, chosen: str, tokens: int, world: World) -> str:

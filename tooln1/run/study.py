@@ -29,7 +29,8 @@ from tooln1.run.lifecycle import recorded_settings
 from tooln1.run.metrics import read_metrics
 from tooln1.run.plot import figure
 
-PREPARE = ("tooln1.prepare", "tooln1.prepare.distill", "tooln1.demo")  # a study file runs nothing else
+PREPARE = {"eval.py": "results.json"}  # what else a study file may run -> the file that says it is done
+PREPARE |= dict.fromkeys(("tooln1.prepare", "tooln1.prepare.distill", "tooln1.demo"), "report.json")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Study:
     eval: list[str]  # options of eval.py
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     settings: dict[str, Any] = field(default_factory=dict)  # of every stage
-    prepare: list[list[str]] = field(default_factory=list)  # a module of PREPARE and its options, --out FOLDER last
+    prepare: list[list[str]] = field(default_factory=list)  # a key of PREPARE and its options, --out FOLDER last
     paper: str = ""  # what the arms' `paper` figures are
     gpus: int = 0  # processes that torchrun starts; 0: plain python
 
@@ -91,9 +92,9 @@ def read_study(path: Path) -> Study:
         raise UserError(f"cannot read the study {path}: {error.strerror}.") from None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is not a study: {error}.") from None
-    for module, *options in study.prepare:
-        if module not in PREPARE or options[-2:-1] != ["--out"]:
-            raise UserError(f"{path}: prepare takes {', '.join(PREPARE)} with --out FOLDER last, not {module!r}.")
+    for name, *options in study.prepare:
+        if name not in PREPARE or options[-2:-1] != ["--out"]:
+            raise UserError(f"{path}: prepare takes {', '.join(PREPARE)} with --out FOLDER last, not {name!r}.")
     return study
 
 
@@ -182,9 +183,9 @@ def main() -> None:
     if options.print:
         print(*(" && ".join(map(shlex.join, job.commands)) for job in jobs), sep="\n")
         return
-    for module, *arguments in study.prepare:
-        if not (Path(arguments[-1]) / "report.json").exists():
-            run([sys.executable, "-m", module, *arguments])
+    for name, *arguments in study.prepare:
+        if not (Path(arguments[-1]) / PREPARE[name]).exists():
+            run([sys.executable, *([name] if name == "eval.py" else ["-m", name]), *arguments])
     for number, job in enumerate(jobs):
         if options.job in (None, number) and not job.is_done():
             print(f"\njob {number + 1} of {len(jobs)}: {job.arm.name}")
