@@ -1,7 +1,8 @@
-"""The launch scripts: the command lines that they give, and two torchruns that find each other as on two machines."""
+"""Launching: the command lines of the scripts, two torchruns as on two machines, processes that do not run the same."""
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,9 @@ import time
 import pytest
 import tiny
 from tiny import ROOT, Job, measured, write_preset
+
+from tooln1.io.errors import UserError
+from tooln1.run.same_job import require_same_on_all_ranks
 
 STUB = f"""#!{sys.executable}
 import json, os, sys
@@ -100,3 +104,55 @@ def test_two_machines_restart_together_from_the_last_checkpoint(tmp_path):
     assert [code for code, _ in ends] == [0, 0], text
     assert "resuming from" in text and "done: the model is in" in text
     assert [row["step"] for row in measured(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+# ----------------------------------------------------------------------------------------- the same on all ranks
+
+
+class Gathered:
+    """A world in which the processes have these facts."""
+
+    def __init__(self, *facts: dict):
+        self.facts = [(f"node{rank}", fact) for rank, fact in enumerate(facts)]
+
+    def gather(self, items):
+        return self.facts
+
+
+def test_the_ranks_that_differ_are_named():
+    same, other = {"code": "a", "seed": 0}, {"code": "b", "seed": 0}
+    require_same_on_all_ranks(Gathered(same, same, same), same)
+    for ranks, told in (
+        ((same, other), "code is 'b' and not 'a' on rank 1 (node1)."),
+        ((other, same, same), "code is 'b' and not 'a' on rank 0 (node0)."),
+        ((same, other, same, other, same), "code is 'b' and not 'a' on rank 1 (node1), rank 3 (node3)."),
+        ((same, other, same | {"seed": 1}), "'a' on rank 1 (node1); seed is 1 and not 0 on rank 2 (node2)."),
+    ):
+        for facts in ranks:  # each of them raises
+            with pytest.raises(UserError) as error:
+                require_same_on_all_ranks(Gathered(*ranks), facts)
+            assert told in str(error.value)
+
+
+TRAIN_OF_A_RANK = """
+import os, runpy, sys
+tree = os.environ["TREE"] if os.environ["RANK"] == "2" else os.environ["PYTHONPATH"]
+sys.path[:] = [tree] + [path for path in sys.path if path != os.environ["PYTHONPATH"]]
+sys.argv += ["--seed", "7"] * (os.environ["RANK"] == "1")
+runpy.run_path(f"{tree}/train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_other_code_and_another_setting_on_two_of_three_ranks(tmp_path, monkeypatch):
+    tiny.write_model(tmp_path)
+    tiny.write_data(tmp_path)
+    tree = shutil.copytree(ROOT / "tooln1", tmp_path / "tree" / "tooln1").parent
+    (tree / "train.py").write_text((ROOT / "train.py").read_text() + "# another version\n")
+    (tmp_path / "train_of_a_rank.py").write_text(TRAIN_OF_A_RANK)
+    monkeypatch.setenv("TREE", str(tree))
+    done = tiny.torchrun(3, str(tmp_path / "train_of_a_rank.py"), *write_preset(tmp_path, "run"))
+    assert done.returncode and done.stderr.count("error: ") == 1 and "exitcode  : 2" in done.stderr, done.stderr
+    (sentence,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "seed is 7 and not 0 on rank 1 (" in sentence and "on rank 2 (" in sentence.split("code is ")[1]
+    assert not (tmp_path / "run").exists()
