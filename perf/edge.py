@@ -27,7 +27,7 @@ from tooln1.batch import _group_runs, _measured, plan_microbatches, split_into_m
 from tooln1.io.model_config import pair_cost
 from tooln1.sampler.distributed import generate_distributed
 from tooln1.sampler.kv_cache import CUDA_BLOCK_SIZE, CUDA_MAX_NUM_SEQS, kv_bytes_per_token
-from tooln1.sampler.scheduler import BlockManager, Scheduler, Sequence, SequenceGroup, Step
+from tooln1.sampler.scheduler import BlockManager, Scheduler, Sequence, SequenceGroup
 
 MODEL = qwen2p5("7B")
 START = 2 * MODEL.num_parameters / (0.8 * 3.35e12)  # seconds
@@ -56,30 +56,23 @@ class Rank:
 
     def step(self) -> None:
         """What the sampler's loop does once, with tokens one step late as on CUDA; checks blocks now and then."""
-        step = self.scheduler.schedule()
+        step, scheduler, blocks = self.scheduler.schedule(), self.scheduler, self.blocks
         if step:
-            self.clock += seconds(step)
+            computed = [seq.num_cached_tokens - start for seq, start, _ in step.prefills]
+            assert sum(computed[:-1]) < PREFILL, "a prefill goes on when its budget is used up"
+            decoding = [] if computed else [seq.num_cached_tokens for seq in step.seqs]
+            self.clock += START + ROW * (sum(computed) + len(decoding)) + CACHED * sum(decoding)
             self.launched.append((step.seqs, [int(seq.num_sampled >= seq.stream) for seq in step.seqs]))
-        assert self.launched, "nothing can run and no result is expected"
         while len(self.launched) > (1 if step else 0):
             seqs, tokens = self.launched.popleft()
-            self.scheduler.postprocess(seqs, tokens, [0.0] * len(seqs))
+            scheduler.postprocess(seqs, tokens, [0.0] * len(seqs))
         self.steps += 1
-        if self.steps % 64 == 0 or not self.scheduler.num_unfinished:
-            assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
-            held = [block for group in self.scheduler.starting for block in group.prompt_blocks]
-            held += [block for seq in self.scheduler.running for block in seq.block_table]
-            blocks = [*set(held), *self.blocks.free_blocks]  # each is held or free, none is both or lost
-            assert sorted(blocks) == [*range(1, self.blocks.num_blocks + 1)]
-            assert len(held) == sum(self.blocks.ref_count)
-
-
-def seconds(step: Step) -> float:
-    if step.prefills:
-        tokens = [seq.num_cached_tokens - start for seq, start, _ in step.prefills]
-        assert sum(tokens[:-1]) < PREFILL, "a prefill goes on when its budget is used up"
-        return START + ROW * sum(tokens)
-    return START + ROW * len(step.seqs) + CACHED * sum(seq.num_cached_tokens for seq in step.seqs)
+        if self.steps % 64 == 0 or not scheduler.num_unfinished:
+            assert len(scheduler.running) <= scheduler.max_num_seqs
+            held = sum([seq.block_table for seq in scheduler.running], [])
+            held += sum([group.prompt_blocks for group in scheduler.starting], [])
+            assert len(held) == sum(blocks.ref_count)  # and each block is held or free, none both or lost:
+            assert sorted([*set(held), *blocks.free_blocks]) == [*range(1, blocks.num_blocks + 1)]
 
 
 def load(mean: int, prompts: int = 1024) -> tuple[list[int], list[list[int]]]:
