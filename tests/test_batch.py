@@ -77,6 +77,14 @@ def test_micro_batches_that_run_in_step_cost_about_the_same():
         assert max(sizes) <= 1.2 * min(sizes)
 
 
+def test_a_group_over_a_ranks_share_of_the_tokens_is_split():
+    """One of 190 tokens and three of 40, on four ranks: 77 tokens each, and so two replies in a piece."""
+    members = [(0, sample) for sample in range(6)] + [(1, 0), (2, 0), (3, 0)]
+    rollouts = [rollout(group, sample, [1] * 10, [2] * 30) for group, sample in members]
+    shares = plan_microbatches(rollouts, list(range(9)), 1000, 4)
+    assert sorted(len(pack(rollouts, micro, torch.zeros(9)).tokens) for (micro,) in shares) == [70, 70, 80, 110]
+
+
 def test_long_prompts_count_by_their_pairs_too():
     """One prompt of 100 tokens is dearer than two of 50: with a pair at a tenth of a token, as dear as five."""
     lengths = [100] * 2 + [50] * 10

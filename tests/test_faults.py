@@ -234,6 +234,27 @@ def test_a_second_signal_exits_at_once(monkeypatch):
     assert [signal.getsignal(number) for number in numbers] == before
 
 
+def test_a_signal_that_comes_again_while_the_run_saves_does_not_end_it(place, monkeypatch):
+    """A job manager signals torchrun and its processes, and torchrun, a little later, signals these again."""
+    ended, calls, functions = [], [], {train: train.sample, lifecycle: lifecycle.save_checkpoint}
+
+    def signalled(module, *args, **kwargs):
+        calls.append(module)
+        if len(calls) > 1:  # in the second step, and in the save that follows
+            os.kill(os.getpid(), signal.SIGTERM)
+        return functions[module](*args, **kwargs)
+
+    monkeypatch.setattr("tooln1.run.signals.os._exit", lambda code: None)  # if it is more than a second later
+    monkeypatch.setattr(train, "sample", partial(signalled, train))
+    monkeypatch.setattr(lifecycle, "save_checkpoint", partial(signalled, lifecycle))
+    before = signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
+    with pytest.raises(Stopped):
+        run(place, "signalled-twice", steps=2, eval_every=0, save_every=0)
+    signal.signal(signal.SIGTERM, before)
+    assert calls == [train, train, lifecycle] and not ended
+    assert (place / "signalled-twice/checkpoints/step-000001/index.json").exists()
+
+
 # ------------------------------------------------------------------------------------------ disk and directory
 
 

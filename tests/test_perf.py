@@ -1,4 +1,4 @@
-"""The benchmarks: a disturbed turn is noticed, and the script for a GPU runs from end to end before it meets one."""
+"""The benchmarks: a disturbed turn is noticed, the script for a GPU runs before it meets one, the simulation works."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "perf"))
 
+from edge import dealt, load, simulate, update  # noqa: E402
 from shapes import quiet_turns, run_queue_seconds  # noqa: E402
 
 
@@ -51,6 +52,19 @@ def test_the_wait_is_that_of_all_threads_that_the_system_tells_of(monkeypatch, t
     assert run_queue_seconds() == 4
     monkeypatch.setattr(Path, "glob", lambda *_: [])
     assert quiet_turns(lambda turn: turn, 1) == ([0], [0])
+
+
+def test_the_edge_of_the_load_breaks_nothing_and_is_balanced():
+    """A prompt of 4,096 tokens, a reply of 8,192 and a cache that holds little more; `simulate` checks the blocks."""
+    prompts, replies = load(1000, prompts=12)
+    assert max(prompts) == 4096 and max(map(max, replies)) == 8192
+    small = 100 * 128 * 57344  # bytes of about 100 blocks
+    ranks = simulate(prompts, replies, dealt(prompts, 3), cache_bytes=small)
+    assert sum(rank.scheduler.stats.prefilled for rank in ranks) == sum(prompts)
+    assert sum(rank.scheduler.stats.preemptions for rank in ranks) > 0
+    for mean, count in ((105, 8), (1000, 256)):
+        _, bound, planned = update(*load(mean), count)
+        assert bound <= planned < 1.02 * bound
 
 
 @pytest.mark.slow

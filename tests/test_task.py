@@ -176,7 +176,7 @@ def test_ask_prints_prompt_thought_calls_and_faults(here, monkeypatch, capsys):
     ("code", "told"),
     [
         (f"{WRONG}return 1 / (os.environ['RANK'] == '0')", "ZeroDivisionError"),
-        (LETTERS + READ_OF_A_RANK, "not all processes read the same examples"),
+        (LETTERS + READ_OF_A_RANK, "Not all processes run the same: content of train_data is"),
     ],
 )
 def test_a_fault_on_one_of_two_processes_ends_both(here, code, told):

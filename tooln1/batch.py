@@ -138,13 +138,13 @@ def plan_microbatches(
     Every rank gets the same number of micro-batches (an empty one where there is too little work), and the j-th ones
     of all ranks cost about the same, because they run at the same time. The cost is tokens + `pair_cost` · (query, key)
     pairs, in units of a token (`model_config.pair_cost`). A group is split, its prompt repeated, only where it exceeds
-    the budget; one sequence over the budget gets a micro-batch of its own. Greedy, largest cost first. The plan depends
-    only on the arguments, so every rank computes the same one.
+    the budget, or a rank's share of all tokens; one sequence over the budget gets a micro-batch of its own. Greedy,
+    largest cost first. The plan depends only on the arguments, so every rank computes the same one.
     """
+    runs = _group_runs(rollouts, rows)
+    share = sum(_measured(rollouts, run, 0.0).tokens for run in runs) // ranks
     pieces = [
-        _measured(rollouts, piece, pair_cost)
-        for run in _group_runs(rollouts, rows)
-        for piece in _split(rollouts, run, budget)
+        _measured(rollouts, piece, pair_cost) for run in runs for piece in _split(rollouts, run, min(budget, share))
     ]
     pieces.sort(key=lambda piece: -piece.cost)  # ties keep their order
     per_rank = max(1, -(-sum(piece.tokens for piece in pieces) // (budget * ranks)))

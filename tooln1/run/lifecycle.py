@@ -62,16 +62,16 @@ def open_run(config: Config, world: World, task_file: str = "") -> Iterator[Run]
         run.log = world.run_on_all_ranks(open_logs, f"{run_dir} cannot be written to")
         if run.saved_steps < run.completed_steps:
             save(run)  # resumed from another run's checkpoint: this directory needs one of its own
-        try:
-            with run.stop_request:
+        with run.stop_request:  # also while it saves: a job manager's signal can come twice
+            try:
                 yield run
-        except Stopped:  # the weights are those of the last completed step
-            reshard(run.policy)
-            if run.completed_steps > run.saved_steps:
-                save(run)
-            if world.is_main:
-                print(f"stopped after step {run.completed_steps} of {run.steps}; continue with --resume auto")
-            raise
+            except Stopped:  # the weights are those of the last completed step
+                reshard(run.policy)
+                if run.completed_steps > run.saved_steps:
+                    save(run)
+                if world.is_main:
+                    print(f"stopped after step {run.completed_steps} of {run.steps}; continue with --resume auto")
+                raise
         export(run)
         if run.log:
             run.log.close()

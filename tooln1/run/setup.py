@@ -22,6 +22,7 @@ from tooln1.run import memory
 from tooln1.run.checkpoint import Checkpoint
 from tooln1.run.checks import check_run
 from tooln1.run.metrics import RunLog
+from tooln1.run.same_job import code_version, require_same_on_all_ranks
 from tooln1.run.signals import StopRequest
 from tooln1.run.task_file import load_task
 from tooln1.sampler.sampler import Sampler
@@ -69,6 +70,7 @@ def prepare(
     config: Config, world: World, checkpoint: Checkpoint | None, task_file: str = ""
 ) -> tuple[Task, Tokenizer, Sequence, list[LoadedBenchmark], dict]:
     """Task, tokenizer, examples, benchmarks, notes for checkpoints, checked: raises UserError for a faulty run."""
+    require_same_on_all_ranks(world, asdict(config) | {"code": code_version(), "torch": torch.__version__})
     if checkpoint:
         say, processes = print if world.is_main else lambda words: None, (checkpoint.ranks, world.size)
         refuse_changes(checkpoint.notes.get("config", {}), config, str(checkpoint.path), processes, say)
@@ -78,6 +80,9 @@ def prepare(
     notes = {"config": asdict(config), "train_data": fingerprint(examples), "task": task.fingerprint}
     for name, path in (("model", config.model), ("reference_model", frozen)):
         notes[name] = weights.fingerprint(model_files(path)) if path else ""
+    held_out = [case.example for one in benchmarks if one.name == "heldout" for case in one.chosen]
+    contents = {f"content of {name}": notes[name] for name in ("train_data", "task", "model", "reference_model")}
+    require_same_on_all_ranks(world, contents | {"content of eval_data": fingerprint(held_out)})
     if checkpoint:
         sources = {"train_data": config.train_data, "model": config.model, "reference_model": frozen}
         for name, place in (sources | {"task": task_file or "Tool-N1, without --task,"}).items():
@@ -87,9 +92,6 @@ def prepare(
                     f"{place} is not what {checkpoint.path} was made with: another task, other examples (or others "
                     f"are too long), weights or tokenizer; give those, or allow it with --allow-changes {name}."
                 )
-    held_out = [case.example for one in benchmarks if one.name == "heldout" for case in one.chosen]
-    if len(set(world.gather([notes["train_data"] + fingerprint(held_out)]))) > 1:
-        raise UserError(f"{config.train_data}: not all processes read the same examples; is {task_file} random?")
     shape, reference = read_config(config.model), read_config(frozen) if frozen else None
     settings = resolved(config, shape.num_parameters)
     check_run(settings, world, shape, reference, tokenizer, examples, held_out, task)
