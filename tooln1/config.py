@@ -21,7 +21,7 @@ from tooln1.lora import TARGETS
 from tooln1.rewards import REWARDS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SWITCH, KEEP = ("auto", "on", "off"), ("keep", "release")
+SWITCH = ("auto", "on", "off")
 DECODE, PACKED = ("auto", "graph", "eager", "gathered"), ("auto", "flex", "sdpa")
 
 
@@ -104,7 +104,7 @@ class Config:
     activation_checkpointing: str = setting("auto", "recompute layers; auto: from 4e8 parameters", choices=SWITCH)
     accumulate_unsharded: str = setting("auto", "no resharding between micro-batches; auto: below 2e9", choices=SWITCH)
     sharding: str = setting("full", "of weights; hybrid: in a node, nodes hold replicas", choices=("full", "hybrid"))
-    sampler_weights: str = setting("keep", "release: free in updates; graphs are made anew", choices=KEEP)
+    sampler_weights: str = setting("keep", "release: freed in updates; new CUDA graphs", choices=("keep", "release"))
     offload_reference: bool = setting(False, "keep the reference model's shards in host memory (CUDA)")
     offload_optimizer: bool = setting(False, "keep the policy's shards and Adam state in host memory (CUDA)")
     tokens_per_microbatch: int = setting(30720, "most of a process's forward pass", "tokens", "[1, inf)", paper=30720)

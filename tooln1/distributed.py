@@ -209,9 +209,9 @@ def shard(
     if not world.sharded:
         return model
     in_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    mesh, names = ((world.size // in_node, in_node), ("replicate", "shard")) if hybrid else ((world.size,), ("shard",))
+    shape = (world.size // in_node, in_node) if hybrid else (world.size,)
     options = {
-        "mesh": init_device_mesh(world.device.type, mesh, mesh_dim_names=names),
+        "mesh": init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]),
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
     }
     if offload and world.device.type == "cuda":

@@ -29,7 +29,7 @@ def find_weights(
     """The file of each tensor of a model directory, which must have exactly those of `shapes` (name -> shape).
 
     Names that end in `unneeded` are ignored. Raises UserError for missing or broken files, a tensor that is in two
-    files, and one error that lists all missing, unexpected and mis-shaped tensors and other than float types together.
+    files, and one error that lists all missing, unexpected, mis-shaped and non-float tensors together.
     """
     stored: dict[str, tuple[Path, tuple[int, ...], str]] = {}  # name -> (file, shape, safetensors' name of the type)
     for file in weight_files(directory):
