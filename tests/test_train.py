@@ -84,7 +84,7 @@ def test_sampler_weights_that_are_released_in_the_update_change_nothing(finished
         update(run, *rest)
 
     monkeypatch.setattr(train, "update", watched)
-    tiny.assert_same_run(tiny.run(place, "released", sampler_weights="release"), finished)
+    tiny.assert_same_run(tiny.run(place, "released", sampler_weights="release", eval_before_training=True), finished)
     assert len(held) == 6 and not any(held)
 
 
