@@ -30,7 +30,7 @@ from tooln1.io.files import check_writable
 from tooln1.io.model_config import pair_cost
 from tooln1.run.checkpoint import find_checkpoint
 from tooln1.run.faults import save_skipped_batch
-from tooln1.run.lifecycle import evaluate_if_due, finish_step, metrics_of_step, open_run
+from tooln1.run.lifecycle import evaluate_if_due, finish_step, metrics_of_step, open_run, release_weights
 from tooln1.run.metrics import Metrics
 from tooln1.run.reply_metrics import add_reply_metrics, add_sampler_stats
 from tooln1.run.setup import Run, prepare
@@ -47,7 +47,10 @@ DEFAULT = Path(__file__).parent / "configs" / "demo.toml"
 def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
     """One GRPO step: sample groups, score them, compare within each group, update the policy. Returns the replies."""
     config = run.config
+    with metrics.timer("sync"):
+        copy_weights(run.policy, run.sampler.model)
     examples, rollouts, replies, rewards = sample_groups(run, step, metrics)
+    release_weights(run)
     groups = torch.tensor([rollout.group for rollout in rollouts])
     advantages = group_advantages(rewards, groups, config.advantage_eps, kind=config.advantage)
     chosen = rows_to_train_on(rewards, groups, config.prompts_per_step * config.group_size)
@@ -62,8 +65,6 @@ def rl_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
             lengths = [len(rollouts[row].reply) for row in rows]
             total = loss_total(config.loss_aggregation, lengths, config.max_reply_tokens)
             update(run, mini, rollouts, total, step, metrics)
-    with metrics.timer("sync"):
-        copy_weights(run.policy, run.sampler.model)
     answered = [examples[rollout.group] for rollout in rollouts]
     mine = slice(run.world.rank, None, run.world.size)  # means are sums and counts, which the ranks add up
     add_reply_metrics(metrics, rollouts, rewards, map(run.task.metrics, replies[mine], answered[mine]), run.world.size)

@@ -1,14 +1,15 @@
 """Run by test_distributed.py under torchrun: optimizer steps on fixed rollouts, sharded over the ranks.
 
-    recorded_steps.py MODEL OUT.json STEPS BUDGET [save=FOLDER | load=CHECKPOINT | bf16 | thrifty | lora]
+    recorded_steps.py MODEL OUT.json STEPS BUDGET [save=FOLDER | load=CHECKPOINT | bf16 | thrifty | lora] [hybrid]
 
 Rank 0 writes loss and gradient norm of each step, the share of ratios beyond the clip, the first gradient, the
 weights and what one sampling call gave. With bf16 the passes compute in it, on fp32 masters, and blocks are
 recomputed, as on a GPU; thrifty recomputes blocks and cuts weights and gradients up after every micro-batch; lora
-trains fp32 adapters on frozen bf16 weights.
+trains fp32 adapters on frozen bf16 weights; hybrid takes the ranks for nodes of two.
 """
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,8 @@ import torch
 from tooln1.batch import pack, plan_microbatches
 from tooln1.data import Rollout
 from tooln1.distributed import copy_weights, full_tensor, launch, shard
-from tooln1.lora import TARGETS, add_adapters, trained_parameters
-from tooln1.model import load_model
+from tooln1.lora import TARGETS, add_adapters, reset_adapters, trained_parameters
+from tooln1.model import load_model, load_weights, meta_model
 from tooln1.run.checkpoint import load_checkpoint, save_checkpoint
 from tooln1.sampler.distributed import generate_distributed
 from tooln1.sampler.sampler import Sampler
@@ -58,15 +59,20 @@ def noisy(batch, model, seed):
 
 def main() -> None:
     path, out, steps, budget = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    action, _, folder = (sys.argv[5] if len(sys.argv) > 5 else "").partition("=")
+    words = [*sys.argv[5:], ""]
+    action, _, folder = words[0].partition("=")
+    hybrid = "hybrid" in words
+    if hybrid:
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
     with launch("cpu") as world:
-        start, policy = load_model(path), load_model(path)
+        start, policy = load_model(path), meta_model(path, torch.bfloat16 if action == "lora" else torch.float32)
         if action == "lora":
-            policy = add_adapters(policy.bfloat16(), 4, 8.0, TARGETS, 0)
+            add_adapters(policy, 4, 8.0, TARGETS, 0)
         for block in policy.model.layers:
             block.recompute = action in ("bf16", "thrifty")
         low = torch.bfloat16 if action in ("bf16", "lora") else None
-        policy = shard(policy, world, low, accumulate_unsharded=action != "thrifty")
+        policy = shard(policy, world, low, accumulate_unsharded=action != "thrifty", hybrid=hybrid)
+        reset_adapters(load_weights(policy, "cpu"), 0)
         target = load_model(path)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
         record = {"loss": [], "grad_norm": [], "clipped": []}

@@ -224,7 +224,7 @@ def test_the_schedule_must_have_work():
 
 def test_memory_of_the_gpu_and_of_the_host():
     parts = (Part("weights", 100, "GPU"), Part("moments", 30, "host"), Part("activations", 60, "GPU", certain=False))
-    needed = Estimate(parts, Part("loading", 50, "GPU"), 0)
+    needed = Estimate(parts, 0)
 
     def against(gpu, host):
         return list(fits_memory(needed, SETTINGS, {"GPU": gpu, "host": host}))

@@ -1,12 +1,15 @@
 """One process, two, three: the same tokens, losses, gradients and weights."""
 
 import json
+import re
+import sys
 
 import pytest
 import tiny
 import torch
 from conftest import reference
 
+from tooln1.model import load_model, save_model
 from tooln1.sampler.distributed import balance_by_cost
 
 MODEL = reference("models/dev/qwen1p5b_12x2_tied_bf16_sharded")
@@ -34,6 +37,38 @@ def test_two_processes_and_a_resume_give_what_one_process_gives(tmp_path, change
     assert replies[0] == replies[1]  # of two steps
 
 
+@pytest.mark.slow
+def test_replicas_of_nodes_and_a_resume_without_them_give_what_one_process_gives(tmp_path):
+    """Two nodes of two processes; then two processes without replicas, which read the checkpoint of the four."""
+    tiny.write_model(tmp_path)
+    tiny.write_data(tmp_path)
+    one, preset = tiny.run(tmp_path, "one"), tiny.write_preset(tmp_path, "two", sharding="hybrid")
+    nodes = ("--no-python", "env", "LOCAL_WORLD_SIZE=2", sys.executable)
+    for processes, how, changes in ((4, nodes, ["--steps", "2"]), (2, (), ["--resume", "--sharding", "full"])):
+        result = tiny.torchrun(processes, *how, "train.py", *preset, *changes)
+        assert result.returncode == 0, result.stderr[-3000:]
+    rows, wanted = tiny.measured(tmp_path / "two"), tiny.measured(one)
+    for name in ("loss", "kl", "grad_norm", "reply_tokens_mean"):
+        values, expected = ([row[name] for row in log] for log in (rows, wanted))
+        assert values == pytest.approx(expected, rel=1e-5, abs=1e-5), name
+    assert wanted[-1]["kl"] > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["full", "hybrid"])
+def test_a_process_reads_its_shards_and_holds_no_more(tmp_path, sharding):
+    """A model of 26 million parameters in bf16, policy and reference in fp32, some of their shards uneven or empty."""
+    shape = {"hidden_size": 510, "intermediate_size": 2047, "num_attention_heads": 255, "num_key_value_heads": 1}
+    save_model(load_model(tiny.write_model(tmp_path, **shape, num_hidden_layers=7)), tmp_path / "half", torch.bfloat16)
+    result = tiny.torchrun(4, "tests/load_shards.py", str(tmp_path / "half"), sharding)
+    assert result.returncode == 0, result.stderr[-3000:]
+    ranks = [json.loads(row) for row in re.findall("{.*?}", result.stdout)]
+    assert len(ranks) == 4
+    for rank in ranks:
+        assert rank["shards"] == pytest.approx(rank["weights"] / (4 if sharding == "full" else 2), rel=0.02)
+        assert rank["peak"] < rank["shards"] + rank["largest"] + 16, rank
+
+
 def recorded_steps(folder, processes: int, budget: int, steps: int = 5, *extra: str) -> dict:
     out = folder / f"{processes}-{budget}-{len(list(folder.iterdir()))}.json"
     run = tiny.torchrun(processes, "tests/recorded_steps.py", str(MODEL), str(out), str(steps), str(budget), *extra)
@@ -52,7 +87,16 @@ def one_process(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes,budget,how", [(2, 60, ()), (2, 60, ("thrifty",)), (3, 10_000, ())])
+@pytest.mark.parametrize(
+    "processes,budget,how",
+    [
+        (2, 60, ()),
+        (3, 10_000, ()),
+        (4, 60, ("thrifty",)),
+        (4, 60, ("hybrid",)),
+        (4, 60, ("thrifty", "hybrid")),
+    ],
+)
 def test_more_processes_give_the_same_steps_and_the_same_tokens(folder, one_process, processes, budget, how):
     """Five steps on recorded rollouts; with three ranks and a large budget some ranks idle in some micro-batches."""
     several = recorded_steps(folder, processes, budget, 5, *how)
@@ -69,11 +113,13 @@ def test_more_processes_give_the_same_steps_and_the_same_tokens(folder, one_proc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("written_by,read_by", [(1, 2), (2, 1), (2, 3)])
-def test_a_checkpoint_loads_at_another_world_size(folder, written_by, read_by):
-    checkpoints = folder / f"checkpoints-{written_by}"
-    saved = recorded_steps(folder, written_by, 10_000, 2, f"save={checkpoints}")
-    loaded = recorded_steps(folder, read_by, 10_000, 1, f"load={checkpoints / 'step-000002'}")
+@pytest.mark.parametrize(
+    "written_by,read_by", [((1,), (2,)), ((2,), (1,)), ((2,), (4, "hybrid")), ((4, "hybrid"), (3,))]
+)
+def test_a_checkpoint_loads_at_another_world_size_and_mesh(folder, written_by, read_by):
+    checkpoints = folder / f"checkpoints-{written_by[0]}"
+    saved = recorded_steps(folder, written_by[0], 10_000, 2, f"save={checkpoints}", *written_by[1:])
+    loaded = recorded_steps(folder, read_by[0], 10_000, 1, f"load={checkpoints / 'step-000002'}", *read_by[1:])
     assert loaded["resumed"] == 2
     assert loaded["weights"] == saved["weights"]
     assert loaded["moments"] == saved["moments"] and max(map(max, saved["moments"])) > 0

@@ -76,6 +76,18 @@ def test_a_resumed_run_ends_where_the_whole_one_does(finished, place, capsys):
         assert torch.equal(ours, theirs)
 
 
+def test_sampler_weights_that_are_released_in_the_update_change_nothing(finished, place, monkeypatch):
+    held, update = [], train.update
+
+    def watched(run, *rest):
+        held.append(sum(parameter.untyped_storage().size() for parameter in run.sampler.model.parameters()))
+        update(run, *rest)
+
+    monkeypatch.setattr(train, "update", watched)
+    tiny.assert_same_run(tiny.run(place, "released", sampler_weights="release", eval_before_training=True), finished)
+    assert len(held) == 6 and not any(held)
+
+
 def test_it_learns_what_is_rewarded(place, monkeypatch):
     """Replies that begin with one of the first letters pay: from a quarter of them to nearly all."""
     monkeypatch.setitem(REWARDS, "binary", lambda text, answer: float(text[:1].lower() in "abcdefghijklm"))

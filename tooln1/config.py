@@ -103,6 +103,8 @@ class Config:
     compile: bool = setting(False, "torch.compile the layers of the policy", section="memory_and_speed")
     activation_checkpointing: str = setting("auto", "recompute layers; auto: from 4e8 parameters", choices=SWITCH)
     accumulate_unsharded: str = setting("auto", "no resharding between micro-batches; auto: below 2e9", choices=SWITCH)
+    sharding: str = setting("full", "of weights; hybrid: in a node, nodes hold replicas", choices=("full", "hybrid"))
+    sampler_weights: str = setting("keep", "release: freed in updates; new CUDA graphs", choices=("keep", "release"))
     offload_reference: bool = setting(False, "keep the reference model's shards in host memory (CUDA)")
     offload_optimizer: bool = setting(False, "keep the policy's shards and Adam state in host memory (CUDA)")
     tokens_per_microbatch: int = setting(30720, "most of a process's forward pass", "tokens", "[1, inf)", paper=30720)

@@ -197,17 +197,21 @@ def shard(
     dtype: torch.dtype | None = None,
     offload: bool = False,
     accumulate_unsharded: bool = True,
+    hybrid: bool = False,
 ) -> Transformer:
     """Shard `model` over all ranks with FSDP2, block by block, in place; it computes in `dtype` (None: as stored).
 
     Gradients are summed over ranks, not averaged: every loss is already divided by the count of the global mini-batch
     (forced sums, because gloo has no pre-multiplied ones). offload: on CUDA the shards, their gradients and so the
-    optimizer's state stay in host memory. accumulate_unsharded: see `next_microbatch`.
+    optimizer's state stay in host memory. accumulate_unsharded: see `next_microbatch`. hybrid: shard over the ranks of
+    a node, each node a replica; gradients are scattered in the node and summed over the nodes.
     """
     if not world.sharded:
         return model
+    in_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    shape = (world.size // in_node, in_node) if hybrid else (world.size,)
     options = {
-        "mesh": init_device_mesh(world.device.type, (world.size,)),
+        "mesh": init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]),
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
     }
     if offload and world.device.type == "cuda":
@@ -232,11 +236,14 @@ def next_microbatch(model: nn.Module, last: bool) -> None:
 
     With `accumulate_unsharded`, gradients stay unsharded until the last one, and weights from each backward pass to the
     next forward pass: one reduce-scatter per optimizer step and one all-gather less per micro-batch, for 6 bytes per
-    parameter (bf16 weights, fp32 gradients). Otherwise both are resharded after each micro-batch.
+    parameter (bf16 weights, fp32 gradients). Otherwise both are resharded after each micro-batch. Replicas (hybrid) add
+    up their gradients once per optimizer step either way.
     """
-    if isinstance(model, FSDPModule) and model.accumulate_unsharded:
-        model.set_requires_gradient_sync(last)
-        model.set_reshard_after_backward(last)
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
+        if model.accumulate_unsharded:
+            model.set_requires_gradient_sync(last)
+            model.set_reshard_after_backward(last)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -249,10 +256,14 @@ def copy_weights(policy: Transformer, target: Transformer) -> None:
     """Overwrite the unsharded `target` with the policy's weights, adapters merged, cast to its dtype, in place.
 
     Block by block: one all-gather each, in the dtype that the policy computes in, and one full block in memory at once.
-    With LoRA on one process the policy is its own target, and nothing is copied.
+    With LoRA on one process the policy is its own target, and nothing is copied. A target whose weights were released
+    (`Sampler.release_weights`) gets memory again.
     """
     if target is policy:
         return
+    for parameter in target.parameters():
+        if parameter.untyped_storage().size() == 0:
+            parameter.untyped_storage().resize_(parameter.nbytes)
     for source, copy in zip(_blocks_then_rest(policy), _blocks_then_rest(target), strict=True):
         if isinstance(source, FSDPModule):
             source.unshard()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tooln1.grpo import at_least_fp32
 from tooln1.io.files import atomic_directory
+from tooln1.io.weights import overwrite
 from tooln1.model import Transformer
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -29,12 +30,10 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class LoRALinear(nn.Module):
     """A linear layer with an fp32 adapter, computed in the dtype of its input; `weight` and `bias` keep their names."""
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        down = torch.empty(rank, linear.in_features)  # on the CPU: the same numbers whatever the device
-        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)  # as peft has it
-        self.lora_A = nn.Parameter(down.to(linear.weight.device))
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=linear.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
         self.scale, self.enabled = alpha / rank, True
 
@@ -78,13 +77,22 @@ class WithoutAdapters(nn.Module):
 def add_adapters(model: Transformer, rank: int, alpha: float, targets: Collection[str], seed: int) -> Transformer:
     """Freeze `model` and give the `targets` of each block an adapter, in place."""
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
     for block in model.model.layers:
         for part in (block.self_attn, block.mlp):
             for name, linear in list(part.named_children()):
                 if name in targets:
-                    setattr(part, name, LoRALinear(linear, rank, alpha, generator))
+                    setattr(part, name, LoRALinear(linear, rank, alpha))
+    reset_adapters(model, seed)
     return model
+
+
+def reset_adapters(model: nn.Module, seed: int) -> None:
+    """Set all adapters, which may be sharded, to those of a new model: the same numbers whatever the device."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in (module for module in model.modules() if isinstance(module, LoRALinear)):
+        down = torch.empty(layer.lora_A.shape)
+        overwrite(layer.lora_A, nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator))  # as peft has it
+        overwrite(layer.lora_B, torch.zeros(layer.lora_B.shape))
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:

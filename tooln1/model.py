@@ -27,7 +27,7 @@ from tooln1.io.files import atomic_directory
 from tooln1.io.hub import CONFIG_FILES, WEIGHT_FILES, local_directory
 from tooln1.io.jsonl import parse_json, read_text
 from tooln1.io.model_config import ModelConfig, parse_config
-from tooln1.io.weights import INDEX, read_weights, write_weights
+from tooln1.io.weights import INDEX, find_weights, read_weights, write_weights
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D]"""
@@ -219,23 +219,41 @@ def load_model(
 ) -> Transformer:
     """The model of a Hugging Face directory or hub id, every weight cast to `dtype` on `device`.
 
-    Reads config.json and model.safetensors or its shards. `vocabulary` is how many ids the tokenizer has (None: all
-    that the model has). Raises UserError for files that are missing or broken, for a tokenizer with more ids than the
-    model, and one that lists all missing, unexpected and mis-shaped tensors together when they do not fit the config.
+    Reads config.json and model.safetensors or its shards. Raises UserError as `meta_model` and `load_weights` do.
+    """
+    return load_weights(meta_model(path, dtype, vocabulary), device)
+
+
+def meta_model(path: str | Path, dtype: torch.dtype = torch.float32, vocabulary: int | None = None) -> Transformer:
+    """The model of a Hugging Face directory or hub id without its weights, to shard or adapt before `load_weights`.
+
+    `vocabulary` is how many ids the tokenizer has (None: all that the model has). Raises UserError for files that are
+    missing or broken, and for a tokenizer with more ids than the model.
     """
     config = read_config(path)
     if vocabulary is not None and vocabulary > config.vocab_size:
         raise UserError(
             f"{path}: its tokenizer has {vocabulary} ids, the model {config.vocab_size}; they do not belong together."
         )
-    directory = local_directory(path)
     with torch.device("meta"):
-        model = Transformer(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    unneeded = ("rotary_emb.inv_freq", "lm_head.weight")[: 1 + config.tie_word_embeddings]
-    state = read_weights(directory, shapes, dtype, device, unneeded)
-    model.load_state_dict(state, strict=True, assign=True)
-    model.source, model.vocabulary = directory, vocabulary or config.vocab_size
+        model = Transformer(config).to(dtype)
+    model.source, model.vocabulary = local_directory(path), vocabulary or config.vocab_size
+    return model
+
+
+def load_weights(model: Transformer, device: torch.device | str) -> Transformer:
+    """Give a `meta_model` its weights on `device`, in place; those of adapters are left unset.
+
+    Of a sharded model each process reads its own shards, and has no more than these and one tensor in memory. Raises
+    UserError for files that are missing or broken, and one that lists all missing, unexpected and mis-shaped tensors
+    together when they do not fit the config.
+    """
+    with torch.device("meta"):
+        shapes = {name: tuple(weight.shape) for name, weight in Transformer(model.config).named_parameters()}
+    unneeded = ("rotary_emb.inv_freq", "lm_head.weight")[: 1 + model.config.tie_word_embeddings]
+    files = find_weights(model.source, shapes, unneeded)
+    model.to_empty(device=device)
+    read_weights(files, {name: model.get_parameter(name) for name in shapes})
     return model
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tooln1.io.errors import UserError
 from tooln1.io.jsonl import parse_json, read_text, shown
@@ -21,18 +23,13 @@ INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")  # integers, and floats of 8 bits, mean something only with scales
 
 
-def read_weights(
-    directory: Path,
-    shapes: dict[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    device: torch.device | str,
-    unneeded: tuple[str, ...] = (),
-) -> dict[str, Tensor]:
-    """The tensors of a model directory, which must be exactly those of `shapes` (name -> shape), of a float type.
+def find_weights(
+    directory: Path, shapes: dict[str, tuple[int, ...]], unneeded: tuple[str, ...] = ()
+) -> dict[str, Path]:
+    """The file of each tensor of a model directory, which must have exactly those of `shapes` (name -> shape).
 
-    Each is cast to `dtype` on `device` as it is read, so the peak is the model plus one tensor; names that end in
-    `unneeded` are ignored. Raises UserError for missing or broken files, a tensor that is in two files, and one error
-    that lists all missing, unexpected and mis-shaped tensors together, before any is read.
+    Names that end in `unneeded` are ignored. Raises UserError for missing or broken files, a tensor that is in two
+    files, and one error that lists all missing, unexpected, mis-shaped and non-float tensors together.
     """
     stored: dict[str, tuple[Path, tuple[int, ...], str]] = {}  # name -> (file, shape, safetensors' name of the type)
     for file in weight_files(directory):
@@ -44,12 +41,28 @@ def read_weights(
                 stored[name] = file, tuple(part.get_shape()), part.get_dtype()
     stored = {name: entry for name, entry in stored.items() if not name.endswith(unneeded)}
     _check_fit(directory, shapes, stored)
-    state: dict[str, Tensor] = {}
-    for file in sorted({file for file, _, _ in stored.values()}):
-        with _open(file) as tensors:
-            for name in [name for name, entry in stored.items() if entry[0] == file]:
-                state[name] = tensors.get_tensor(name).to(device=device, dtype=dtype)
-    return state
+    return {name: file for name, (file, _, _) in stored.items()}
+
+
+def read_weights(files: dict[str, Path], targets: dict[str, Tensor]) -> None:
+    """Overwrite each target by the tensor of its name in one of `files`, cast to the target's dtype.
+
+    Of a DTensor only the bytes of this process's shard are read. One tensor at a time is in memory besides.
+    """
+    for path in sorted(set(files.values())):
+        with _open(path) as tensors:
+            for name in [name for name, file in files.items() if file == path]:
+                overwrite(targets[name], tensors.get_slice(name))
+
+
+@torch.no_grad()
+def overwrite(target: Tensor, source: Any) -> None:
+    """Overwrite `target`, or this process's shard of it, by its part of a full tensor or a slice of safetensors."""
+    rows = slice(None)
+    if isinstance(target, DTensor):  # FSDP2 shards the first dimension; shards may be uneven, and empty
+        shape, start = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+        rows, target = slice(start[0], start[0] + shape[0]), target.to_local()
+    target.copy_(source[rows])
 
 
 def weight_files(directory: Path) -> list[Path]:

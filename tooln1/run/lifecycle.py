@@ -57,7 +57,9 @@ def open_run(config: Config, world: World, task_file: str = "") -> Iterator[Run]
         run.update_attention = choose_update_attention(run.policy.config, *how, world)
         if config.mode == "rl" or run.benchmarks:
             set_phase("first rollout")
+            copy_weights(run.policy, run.sampler.model)
             choose_decode(run.sampler, config.rollout_decode, world)
+            release_weights(run)
         open_logs = partial(open_log, run) if world.is_main else lambda: None
         run.log = world.run_on_all_ranks(open_logs, f"{run_dir} cannot be written to")
         if run.saved_steps < run.completed_steps:
@@ -131,6 +133,7 @@ def evaluate_if_due(run: Run) -> None:
         with metrics.timer("eval"):
             copy_weights(run.policy, run.sampler.model)
             metrics.add_means({name: (value, 1) for name, value in evaluate(run).items()})
+            release_weights(run)
         values = metrics.reduced(run.world.gather)
         if run.log:
             run.log.step(step, values)
@@ -152,6 +155,12 @@ def evaluate(run: Run) -> dict[str, float]:
     if "heldout_overall" in found:
         found["heldout_accuracy"] = found.pop("heldout_overall")
     return found
+
+
+def release_weights(run: Run) -> None:
+    """Free the sampler's copy of the weights if that is set; with LoRA on one process there is none."""
+    if run.config.sampler_weights == "release" and run.sampler.model is not run.policy:
+        run.sampler.release_weights()
 
 
 def save(run: Run, may_fail: bool = False) -> None:
@@ -179,7 +188,6 @@ def resume(run: Run, checkpoint: Checkpoint) -> None:
     """Load a checkpoint into the run; later ones in its directory are renamed, because the run writes them again."""
     world, folder, notes = run.world, Path(run.config.run_dir) / CHECKPOINTS, checkpoint.notes
     load_checkpoint(checkpoint.path, run.policy, run.optimizer)
-    copy_weights(run.policy, run.sampler.model)
     run.completed_steps = checkpoint.step
     run.position = run.completed_position = notes["position"]
     run.bad_steps = 0 if run.config.allow_changes else notes["bad_steps"]

@@ -54,17 +54,15 @@ class Estimate:
     """The memory of one process at its peak."""
 
     parts: tuple[Part, ...]
-    loading: Part  # while the policy is loaded: all weights in fp32, before they are sharded
     free_bytes: int  # what all parts but the KV cache leave on the device
 
     def certain(self, place: str) -> int:
         """Bytes that are needed in any case on the "GPU" or the "host"."""
-        needed = sum(part.bytes for part in self.parts if part.certain and part.place == place)
-        return max(needed, self.loading.bytes) if place == self.loading.place else needed
+        return sum(part.bytes for part in self.parts if part.certain and part.place == place)
 
     def total(self, place: str) -> int:
         """Bytes including the estimated parts."""
-        return max(self.certain(place), sum(part.bytes for part in self.parts if part.place == place))
+        return sum(part.bytes for part in self.parts if part.place == place)
 
 
 def estimate(
@@ -87,22 +85,26 @@ def estimate(
     one_copy = lora and processes == 1
     sharded = (cuda or processes > 1) and not one_copy
     size, frozen = config.num_parameters, reference.num_parameters if reference else 0
-    shard = -(-trained // processes)
+    shards = int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if settings["sharding"] == "hybrid" else processes
+    shard = -(-trained // shards)
     unsharded = number * size + FP32 * trained if settings["accumulate_unsharded"] and sharded else 0
     masters = "host" if settings["offload_optimizer"] else device
-    weights, kept = FP32 * shard, number * -(-frozen // processes)
+    weights, kept = FP32 * shard, number * -(-frozen // shards)
     if cuda and settings["offload_optimizer"]:
-        weights = pinned_bytes(config, FP32, processes)
+        weights = pinned_bytes(config, FP32, shards)
     if cuda and settings["offload_reference"] and reference:
-        kept = pinned_bytes(reference, number, processes)
-    activations, working = pass_bytes(config, settings, number, processes if sharded else 0)
+        kept = pinned_bytes(reference, number, shards)
+    activations, working = pass_bytes(config, settings, number, shards if sharded else 0)
+    copy = number * size * (not one_copy)
+    if settings["sampler_weights"] == "release":  # the passes use its memory, and count below
+        copy = max(0, copy - unsharded - activations - working)
     parts = [
-        Part("frozen weights", number * -(-size // processes) * lora, device),
+        Part("frozen weights", number * -(-size // shards) * lora, device),
         Part("weights (fp32)", weights, masters),
         Part("gradients (fp32)", weights, masters),
         Part("Adam's moments (fp32)", 2 * FP32 * shard, masters),
         Part("reference", kept, "host" if settings["offload_reference"] else device),
-        Part("sampling copy", number * size * (not one_copy), device),
+        Part("sampling copy", copy, device),
         Part("unsharded weights and gradients", unsharded, device),
         Part("activations", activations, device, certain=False),
         Part("working memory", working, device, certain=False),
@@ -111,8 +113,7 @@ def estimate(
     free = max(0, available[device] - sum(part.bytes for part in parts if part.place == device))
     cache = cache_bytes(config, settings, cuda, processes, (prompt, reply), free)
     parts.append(Part("KV cache", cache, device, certain=cuda and settings["rollout_cache_tokens"] > 0))
-    loading = Part("loading", (number if lora else FP32) * size * sharded, device)
-    return Estimate(tuple(part for part in parts if part.bytes), loading, free)
+    return Estimate(tuple(part for part in parts if part.bytes), free)
 
 
 def num_trained(config: ModelConfig, settings: Mapping[str, Any]) -> int:

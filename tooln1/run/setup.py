@@ -15,8 +15,8 @@ from tooln1.data import EpochOrder, Example, fingerprint
 from tooln1.distributed import World, shard
 from tooln1.io import weights
 from tooln1.io.errors import UserError
-from tooln1.lora import WithoutAdapters, add_adapters
-from tooln1.model import Transformer, load_model, model_files, read_config
+from tooln1.lora import WithoutAdapters, add_adapters, reset_adapters
+from tooln1.model import Transformer, load_weights, meta_model, model_files, read_config
 from tooln1.prompt import drop_long
 from tooln1.run import memory
 from tooln1.run.checkpoint import Checkpoint
@@ -147,28 +147,34 @@ def build(
 def load_models(config: Config, world: World, vocabulary: int) -> tuple[Transformer, Reference, Transformer]:
     """The policy, the reference (None if the KL is off) and the sampler's copy, on this process's device.
 
-    The policy is fp32 and sharded; the others are bf16 on CUDA, else fp32, the reference sharded, the copy not.
-    With LoRA only adapters are fp32, and the reference is the policy's base; on one process all three are one.
+    The policy is fp32 and sharded; the others are bf16 on CUDA, else fp32, the reference sharded, the copy not, and
+    without values before `copy_weights`. With LoRA only adapters are fp32, and the reference is the policy's base; on
+    one process all three are one. All are sharded before they are read, so that no process has all fp32 weights.
     """
     low = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    lora, reference = config.lora_rank > 0, None
-    policy = load_model(config.model, low if lora else torch.float32, world.device, vocabulary)
+    lora, reference, hybrid, host = config.lora_rank > 0, None, config.sharding == "hybrid", torch.device("cpu")
+    policy = meta_model(config.model, low if lora else torch.float32, vocabulary)
     if lora:
         add_adapters(policy, config.lora_rank, config.lora_alpha, config.lora_targets.split(","), config.seed)
-        reference = WithoutAdapters(policy) if config.kl != "off" else None
     settings = resolved(config, policy.config.num_parameters)
     for block in policy.model.layers:
         block.recompute = settings["activation_checkpointing"]
         if config.compile:
             block.compile_parts()
     one_copy = lora and world.size == 1
-    # Each is sharded before the next is loaded, so that only one full model is in memory at a time.
     if not one_copy:
-        policy = shard(policy, world, low, config.offload_optimizer, settings["accumulate_unsharded"])
+        policy = shard(policy, world, low, config.offload_optimizer, settings["accumulate_unsharded"], hybrid)
+    load_weights(policy, host if config.offload_optimizer else world.device)
+    if lora:
+        reset_adapters(policy, config.seed)
+        reference = WithoutAdapters(policy) if config.kl != "off" else None
     if path := reference_of(config):
-        reference = load_model(path, low, world.device, vocabulary).requires_grad_(False)
-        reference = shard(reference, world, offload=config.offload_reference)
-    return policy, reference, policy if one_copy else load_model(config.model, low, world.device, vocabulary)
+        reference = meta_model(path, low, vocabulary).requires_grad_(False)
+        reference = shard(reference, world, offload=config.offload_reference, hybrid=hybrid)
+        load_weights(reference, host if config.offload_reference else world.device)
+    if one_copy:
+        return policy, reference, policy
+    return policy, reference, meta_model(config.model, low, vocabulary).to_empty(device=world.device)
 
 
 def loss_of(config: Config) -> PolicyLoss | SupervisedLoss:

@@ -113,6 +113,12 @@ class Sampler:
         self.stats = scheduler.stats
         return [] if scheduler.num_unfinished else [_rollout(seq) for group in groups for seq in group.seqs]
 
+    def release_weights(self) -> None:
+        """Free the model's weights, and the graphs, which read them at their addresses, until they are copied anew."""
+        self.graphs.clear()
+        for parameter in self.model.parameters():
+            parameter.untyped_storage().resize_(0)
+
     @torch.inference_mode()
     def _sample_all(
         self,
