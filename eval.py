@@ -12,8 +12,6 @@ Exit code 0: scored. 1: scored, but categories are missing, or cases without a u
 2: an error of the user.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import hashlib

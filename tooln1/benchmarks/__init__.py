@@ -19,8 +19,6 @@ and, where they apply, these names:
 To add one: write the module and put its name into NAMES; the paper's rows for it go into paper.py.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field

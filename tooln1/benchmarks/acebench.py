@@ -13,8 +13,6 @@ which changes what a readable reply is worth: where the official run crashes, th
 arithmetic on what is no number are not read (acebench_text).
 """
 
-from __future__ import annotations
-
 import os
 import re
 import statistics

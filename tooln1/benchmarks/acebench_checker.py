@@ -8,8 +8,6 @@ booleans are compared by type only; a gold string need only occur in the given o
 by the same call. Every function returns the official name of the first fault, "" where there is none.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable

@@ -18,8 +18,6 @@ scored is not known; its figures are not comparable.
 The last call block of a reply counts, as in training, and reasoning is not looked for.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import os

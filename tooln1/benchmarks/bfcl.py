@@ -8,8 +8,6 @@ hangs, the reply is wrong; call blocks over the limits of `prompt.read_json` are
 Some entries differ from those of the paper's date (CHANGED_SINCE_PAPER), and some nobody can win (NEVER_RIGHT).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import statistics

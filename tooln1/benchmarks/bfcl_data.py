@@ -1,7 +1,5 @@
 """The data of BFCL: its single-turn categories, and the questions and accepted answers of each."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -8,8 +8,6 @@ Deviations: a collection of more than MAX_LITERAL characters is not read, since 
 quadratic time (the longest in the data has 164); the key of a Java map ends at its first `",`.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

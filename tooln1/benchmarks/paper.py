@@ -5,8 +5,6 @@ paper.json has for each benchmark "columns" (group of columns -> heading -> the 
 `table.comparison` prints the rows below ours, under the same headings.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

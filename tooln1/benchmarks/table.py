@@ -1,7 +1,5 @@
 """Print the results of an evaluation: tables, the paper's rows and notes, as text."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -10,8 +10,6 @@ habits (`warmstart`: numbers written as strings, the second of two calls and wha
 alone undoes them (`train`). No combination of tool and values in `heldout` occurs in any other file.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

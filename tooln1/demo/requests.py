@@ -11,8 +11,6 @@ In a phrasing
 The tools of a family are similar on purpose, so that they are confused with each other.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

@@ -1,7 +1,5 @@
 """The local directory of a model that the user names by directory or hub id."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """JSON files: rows of a JSON array or of JSONL, with errors that name the file, the row and the reason."""
 
-from __future__ import annotations
-
 import json
 import os
 from typing import Any

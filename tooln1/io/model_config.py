@@ -1,7 +1,5 @@
 """The architecture in config.json: sizes and RoPE; what would be computed wrongly is refused."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -64,7 +62,7 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
     given = {key: value for key, value in raw.items() if value is not None}
     hidden, heads = (_number(given, key, int, where) for key in ("hidden_size", "num_attention_heads"))
     given = {"num_key_value_heads": heads, "head_dim": hidden // heads, "initializer_range": 0.02} | given
-    sizes = [part.name for part in fields(ModelConfig) if part.type == "int"]
+    sizes = [part.name for part in fields(ModelConfig) if part.type is int]
     config = ModelConfig(
         **{key: _number(given, key, int, where) for key in sizes},
         rms_norm_eps=_number(given, "rms_norm_eps", float, where),

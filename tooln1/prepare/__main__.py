@@ -5,8 +5,6 @@
 docs/data.md lists the differences from the released preprocessing (verl/examples/data_preprocess).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """Augmentation: copies in which no tool fits, and names that say nothing (Hammer, arXiv 2410.04587)."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Raw xLAM and ToolACE files to `Example`s: filters with counted reasons."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

@@ -11,8 +11,6 @@ predictions.jsonl, as eval.py writes them; after a kill the same command goes on
 OPENAI_API_KEY and written nowhere.
 """
 
-from __future__ import annotations
-
 import argparse
 import http.client
 import json

@@ -1,7 +1,5 @@
 """The split into training and held-out examples: by source row, seeded, the same on every machine."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """The log of a run: metrics reduced over ranks, JSON lines files, one console line per step, TensorBoard."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

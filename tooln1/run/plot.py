@@ -5,8 +5,6 @@
 RUN is a run directory. The picture needs matplotlib (requirements-extra.txt); `--text` does not.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

@@ -7,8 +7,6 @@
 The file holds the fields of `Study`. A job that is done with these settings is skipped.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json
