@@ -7,14 +7,14 @@ import pytest
 from bfcl_fixtures import function, gold_calls, make_case, typed, write_category
 from conftest import shared, shared_rows
 
-from tooln1.benchmarks import Tally, bfcl
+from tooln1.benchmarks import Case, Tally, bfcl
 from tooln1.prompt import format_reply
 
 # ---------------------------------------------------------------------------------------------- official verdicts
 
 
 @pytest.fixture(scope="module")
-def cases() -> dict[str, bfcl.BfclCase]:
+def cases() -> dict[str, Case]:
     return {case.id: case for case in bfcl.load(shared("data/bfcl"))}
 
 

@@ -33,13 +33,14 @@ NAMES = ("examples", "bfcl", "acebench", "api_bank")
 
 @dataclass(frozen=True)
 class Case:
-    """One question of a benchmark. A module whose rules need more may subclass it."""
+    """One question of a benchmark."""
 
     id: str  # unique in its benchmark
     category: str  # the row of the table it counts in
     example: Example  # what the model is asked; prompt.build_messages renders it
     gold: Any  # JSON: the right answer as the benchmark writes it, shown beside a failure
-    messages: list[dict] = field(default_factory=list, kw_only=True)  # the prompt, where prompt.py does not render it
+    functions: list[dict] = field(default_factory=list)  # as the data describe them, where the rules need that
+    messages: list[dict] = field(default_factory=list)  # the prompt, where prompt.py does not render it
 
 
 @dataclass(frozen=True)

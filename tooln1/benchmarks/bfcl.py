@@ -15,10 +15,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tooln1.benchmarks import Tally, Verdict
+from tooln1.benchmarks import Case, Tally, Verdict
 from tooln1.benchmarks.bfcl_checker import PYTHON, Call, ast_fault
 from tooln1.benchmarks.bfcl_data import CATEGORIES as CATEGORIES
-from tooln1.benchmarks.bfcl_data import IRRELEVANCE, LANGUAGES, LIVE, RELEVANCE, SIMPLE, BfclCase
+from tooln1.benchmarks.bfcl_data import IRRELEVANCE, LANGUAGES, LIVE, RELEVANCE, SIMPLE
 from tooln1.benchmarks.bfcl_data import load as load
 from tooln1.io.files import atomic_write
 from tooln1.prompt import call_blocks, read_json
@@ -34,7 +34,7 @@ CHANGED_SINCE_PAPER: tuple[str, ...] = tuple(_ENTRIES["changed_since_paper"])
 # ------------------------------------------------------------------------------------------------------ scoring
 
 
-def score(case: BfclCase, completion: str, think: bool = True) -> Verdict:
+def score(case: Case, completion: str, think: bool = True) -> Verdict:
     """The verdict on a reply; `why` is the official error type. Reasoning is neither required nor looked at."""
     return score_output(case, stored_output(completion))
 
@@ -48,7 +48,7 @@ def stored_output(completion: str) -> Any:
         return None
 
 
-def score_output(case: BfclCase, model_output: Any) -> Verdict:
+def score_output(case: Case, model_output: Any) -> Verdict:
     """The verdict on what a reply's call block holds (`stored_output`): any JSON value."""
     calls = decoded(model_output)
     well_formed = calls is not None and all(type(arguments) is dict for call in calls for arguments in call.values())
@@ -122,7 +122,7 @@ OFFICIAL_MODEL = "Salesforce/Llama-xLAM-2-8b-fc-r"
 
 
 def export(
-    predictions: Mapping[str, str], cases: Iterable[BfclCase], directory: str | os.PathLike, model: str = OFFICIAL_MODEL
+    predictions: Mapping[str, str], cases: Iterable[Case], directory: str | os.PathLike, model: str = OFFICIAL_MODEL
 ) -> list[Path]:
     """Write replies as result files that `bfcl evaluate --result-dir directory --model model` scores as `score` does.
 
