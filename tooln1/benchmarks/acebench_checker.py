@@ -19,23 +19,13 @@ from tooln1.benchmarks.bfcl_checker import normalized
 Gold = dict[str, dict[str, Any]]  # {function name, perhaps with a number: {parameter: value}}
 
 # Declared type -> the value's type, and the declared types whose elements have a type too.
-TYPES: dict[str, type] = {
-    "string": str,
-    "any": str,
-    "integer": int,
-    "int": int,
-    "number": int,
-    "float": float,
-    "boolean": bool,
-    "array": list,
-    "tuple": list,
-    "list": list,
-    "list(string)": list,
-    "list(enum)": list,
-    "object": dict,
-    "dict": dict,
-    "enum": enumerate,  # as the official table has it: no value is one
-}
+TYPES: dict[str, type] = (
+    dict.fromkeys(("string", "any"), str)
+    | dict.fromkeys(("integer", "int", "number"), int)
+    | dict.fromkeys(("array", "tuple", "list", "list(string)", "list(enum)"), list)
+    | dict.fromkeys(("object", "dict"), dict)
+    | {"float": float, "boolean": bool, "enum": enumerate}  # as the official table has it: no value is an enumerate
+)
 _ELEMENTS = {"array": dict, "tuple": dict, "object": dict, "list(string)": str, "list(enum)": enumerate}  # by default
 
 
