@@ -118,19 +118,16 @@ def totals(by_category: dict[str, Tally]) -> dict[str, Tally | float]:
 
 # ------------------------------------------------------------------------------------------------------- export
 
+# Under whose name bfcl-eval finds the results, and whose handler decodes them: it knows no Tool-N1.
 OFFICIAL_MODEL = "Salesforce/Llama-xLAM-2-8b-fc-r"
 
 
-def export(
-    predictions: Mapping[str, str], cases: Iterable[Case], directory: str | os.PathLike, model: str = OFFICIAL_MODEL
-) -> list[Path]:
-    """Write replies as result files that `bfcl evaluate --result-dir directory --model model` scores as `score` does.
+def export(predictions: Mapping[str, str], cases: Iterable[Case], directory: str | os.PathLike) -> list[Path]:
+    """Write replies as result files of OFFICIAL_MODEL, which `bfcl evaluate --partial-eval` scores as `score` does.
 
-    predictions: id -> the reply's text; a case without one is left out (the official command then asks for
-                 --partial-eval, and does not count it).
-    model:       under whose name bfcl-eval finds the results, and whose handler decodes them. bfcl-eval knows no
-                 Tool-N1; xLAM-2's handler reads the JSON list that a call block holds, keeps dots in names, and for
-                 "" fails to decode. So a reply becomes its call block, or "" where the Tool-N1 handler fails.
+    predictions: id -> the reply's text; a case without one is left out, and not counted.
+    xLAM-2's handler reads the JSON list that a call block holds, keeps dots in names, and for "" fails to decode. So a
+    reply becomes its call block, or "" where the Tool-N1 handler fails.
     Returns the files, <directory>/<model>/<non_live or live>/BFCL_v4_<category>_result.json.
     """
     rows: dict[str, list[dict]] = {}
@@ -140,7 +137,7 @@ def export(
     files = []
     for category, results in rows.items():
         group = "live" if category.startswith("live_") else "non_live"
-        files.append(Path(directory, model.replace("/", "_"), group, f"BFCL_v4_{category}_result.json"))
+        files.append(Path(directory, OFFICIAL_MODEL.replace("/", "_"), group, f"BFCL_v4_{category}_result.json"))
         with atomic_write(files[-1]) as file:
             file.writelines(json.dumps(row) + "\n" for row in results)
     return files
