@@ -127,14 +127,11 @@ def run(command: list[str]) -> None:
     print(f"$ {shlex.join(command)}", flush=True)
     process = subprocess.Popen(command)
     try:
-        code = process.wait()
-    except KeyboardInterrupt:  # which the terminal sent to the command too
         process.wait()
-        raise
-    if code:
-        raise UserError(
-            f"exit code {code} of {shlex.join(command)}; the study goes on from there when it is run again."
-        )
+    finally:  # after Ctrl-C, which the terminal sent to the command too
+        process.wait()
+    if code := process.returncode:
+        raise UserError(f"exit code {code} of {shlex.join(command)}; run the study again to go on from there.")
 
 
 def markdown(study: Study, jobs: list[Job]) -> str:
