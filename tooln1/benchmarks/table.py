@@ -46,11 +46,8 @@ def table(name: str, result: dict[str, Any]) -> str:
 
 def _row(label: str, values: dict[str, Any]) -> tuple[str, str, str]:
     spread = f" ± {values['spread']:.3f}" if "spread" in values else ""
-    return (
-        label,
-        f"{values['accuracy']:.3f}{spread}",
-        f"{values['right']:g}/{values['replies']}" if "right" in values else "",
-    )
+    right = f"{values['right']:g}/{values['replies']}" if "right" in values else ""
+    return label, f"{values['accuracy']:.3f}{spread}", right
 
 
 def comparison(name: str, results: Mapping[str, dict[str, Any]]) -> str:

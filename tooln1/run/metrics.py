@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 import os
 import time
 from collections import Counter
@@ -84,9 +85,8 @@ def _combine(first: Entry | None, second: Entry) -> Entry:
     if first is None:
         return second
     how, value, count = first
-    if how in ("min", "max"):
-        return how, (min if how == "min" else max)(value, second[1]), count
-    return how, value + second[1], count + second[2]
+    combine = {"min": min, "max": max}.get(how, operator.add)
+    return how, combine(value, second[1]), count + second[2]
 
 
 # label, metric, format: the parts of the console line in order; a metric that a step does not have is left out
