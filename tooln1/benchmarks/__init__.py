@@ -16,7 +16,7 @@ and, where they apply, these names:
     CATEGORIES                          all categories; one without cases in the data is reported
     NEVER_RIGHT, CHANGED_SINCE_PAPER    ids of cases whose rules accept no answer, and of those that changed
 
-To add one: write the module and put its name into NAMES; the paper's rows for it go into paper.py.
+To add one: write the module and put its name into NAMES; the paper's rows for it go into paper.json.
 """
 
 import importlib
