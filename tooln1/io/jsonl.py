@@ -28,6 +28,15 @@ def read_rows(path: str | os.PathLike) -> list[tuple[str, dict]]:
     return rows
 
 
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file; a last line without its newline, cut off by a crash, is left out.
+
+    Raises `UserError` for a file that cannot be read and for a line that is not JSON.
+    """
+    lines = read_text(path).split("\n")[:-1]  # splitlines() would split at U+2028, too
+    return [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
 def read_text(path: str | os.PathLike) -> str:
     """The text of a UTF-8 file, without its byte order mark. Raises UserError."""
     try:
