@@ -7,7 +7,6 @@ from tooln1.io.errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-
 CONFIG_FILES = ("*.json", "*.jinja", "*.txt")  # of model, tokenizer and generation
 WEIGHT_FILES = ("*.safetensors",)
 
