@@ -12,8 +12,6 @@ Exit code 0: scored. 1: scored, but categories are missing, or cases without a u
 2: an error of the user.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import hashlib
@@ -26,7 +24,7 @@ from pathlib import Path
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from tooln1.benchmarks import NAMES, bfcl, paper, runner, table
+from tooln1.benchmarks import NAMES, bfcl, runner, table
 from tooln1.benchmarks.runner import GenerationConfig, Key, LoadedBenchmark, Prediction
 from tooln1.data import Example
 from tooln1.distributed import World, launch
@@ -110,7 +108,7 @@ def score(
     with atomic_write(out / "failures.jsonl") as file:
         for benchmark in benchmarks:
             scored = runner.score_predictions(benchmark, found, think)
-            notes = paper.notes(benchmark.name, benchmark.module, benchmark.chosen)
+            notes = table.notes(benchmark.name, benchmark.module, benchmark.chosen)
             summaries[benchmark.name] = runner.summarise(benchmark, scored) | {"notes": notes}
             file.writelines(to_json(row) + "\n" for row in runner.failures(benchmark, scored))
     return summaries

@@ -31,8 +31,8 @@ from gpu_parts import DRY_RUN, Row, Scale, Tables, rollout, update
 from shapes import DEMO, ROOT, machine
 
 from tooln1.io.files import atomic_write
+from tooln1.io.jsonl import read_jsonl
 from tooln1.model import random_model, save_model
-from tooln1.run.metrics import read_jsonl
 
 PART_SECONDS, ALL_SECONDS = 480, 1500
 TITLES = {

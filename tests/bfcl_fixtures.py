@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from tooln1.benchmarks import bfcl
-from tooln1.benchmarks.bfcl_data import AST, RELEVANCE, BfclCase
+from tooln1.benchmarks import Case, bfcl
+from tooln1.benchmarks.bfcl_data import AST, RELEVANCE
 
 
-def gold_calls(case: BfclCase) -> list[dict]:
+def gold_calls(case: Case) -> list[dict]:
     """A right reply's calls: the first accepted value of every parameter, "" (left out) only if there is no other."""
     if case.category not in AST:
         return [{"name": "f", "arguments": {}}] if case.category in RELEVANCE else []

@@ -25,7 +25,6 @@ if __name__ == "__main__":
 import torch
 
 from tooln1.benchmarks import Case, Verdict, acebench, api_bank, bfcl, examples
-from tooln1.benchmarks.bfcl_data import BfclCase
 from tooln1.data import Example, Rollout
 from tooln1.prompt import CALL_CLOSE, CALL_OPEN, MAX_JSON_LENGTH, MAX_JSON_MARKS, THINK_CLOSE, THINK_OPEN, parse_reply
 from tooln1.rewards import REWARDS, fault_of
@@ -75,11 +74,11 @@ def bench_cases() -> dict[str, tuple[Callable[..., Verdict], Case]]:
     by_script |= {"float": [1.5, ""], "big": [7, ""]}
     ace_gold = [{"book": {"city": "A"}}, {"book": TYPED}]
     return {
-        "bfcl": (bfcl.score, BfclCase("c", "simple_python", None, [{"book": accepted}], [python])),
-        "bfcl java": (bfcl.score, BfclCase("c", "simple_java", None, [{"java": by_java}], [java])),
-        "bfcl javascript": (bfcl.score, BfclCase("c", "simple_javascript", None, [{"script": by_script}], [script])),
-        "bfcl irrelevance": (bfcl.score, BfclCase("c", "irrelevance", None, [], [python])),
-        "acebench": (acebench.score, acebench.AceCase("c", "a", None, ace_gold, [ace])),
+        "bfcl": (bfcl.score, Case("c", "simple_python", None, [{"book": accepted}], [python])),
+        "bfcl java": (bfcl.score, Case("c", "simple_java", None, [{"java": by_java}], [java])),
+        "bfcl javascript": (bfcl.score, Case("c", "simple_javascript", None, [{"script": by_script}], [script])),
+        "bfcl irrelevance": (bfcl.score, Case("c", "irrelevance", None, [], [python])),
+        "acebench": (acebench.score, Case("c", "a", None, ace_gold, [ace])),
         "api_bank": (api_bank.score, Case("c", "level 1", None, [CALLS["book"]])),
         "examples": (examples.score, Case("c", "demo", None, SEVERAL)),
     }

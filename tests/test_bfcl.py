@@ -7,14 +7,14 @@ import pytest
 from bfcl_fixtures import function, gold_calls, make_case, typed, write_category
 from conftest import shared, shared_rows
 
-from tooln1.benchmarks import Tally, bfcl
+from tooln1.benchmarks import Case, Tally, bfcl
 from tooln1.prompt import format_reply
 
 # ---------------------------------------------------------------------------------------------- official verdicts
 
 
 @pytest.fixture(scope="module")
-def cases() -> dict[str, bfcl.BfclCase]:
+def cases() -> dict[str, Case]:
     return {case.id: case for case in bfcl.load(shared("data/bfcl"))}
 
 
@@ -134,10 +134,10 @@ def test_exported_results_decode_to_the_same_calls(tmp_path):
         name: f"<tool_call>{json.dumps(output)}</tool_call>" for name, (output, *_) in zip(names, OUTPUTS, strict=True)
     }
     replies |= {"live_relevance_0": "No block.", "of another benchmark": ""}
-    files = bfcl.export(replies, bfcl.load(tmp_path), tmp_path / "result", model="a/model")
+    files = bfcl.export(replies, bfcl.load(tmp_path), tmp_path / "result")
     assert [str(file.relative_to(tmp_path)) for file in files] == [
-        "result/a_model/non_live/BFCL_v4_simple_java_result.json",
-        "result/a_model/live/BFCL_v4_live_relevance_result.json",
+        "result/Salesforce_Llama-xLAM-2-8b-fc-r/non_live/BFCL_v4_simple_java_result.json",
+        "result/Salesforce_Llama-xLAM-2-8b-fc-r/live/BFCL_v4_live_relevance_result.json",
     ]
     rows = [json.loads(line) for line in files[0].read_text().splitlines()]
     assert [row["id"] for row in rows] == names  # and none for the case without a reply

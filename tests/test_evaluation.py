@@ -10,11 +10,11 @@ from bfcl_fixtures import function, gold_calls, typed, write_category
 from conftest import shared
 from tiny import read_rows, run_eval, write_rows
 
-from tooln1.benchmarks import Case, Tally, Verdict, bfcl, paper
+from tooln1.benchmarks import Case, Tally, Verdict, bfcl
 from tooln1.benchmarks import benchmark as benchmark_module
 from tooln1.benchmarks.runner import LoadedBenchmark, load_benchmarks, match_predictions, score_predictions, summarise
 from tooln1.benchmarks.runner import totals_by_log_name as log_totals
-from tooln1.benchmarks.table import comparison, report
+from tooln1.benchmarks.table import COMPARISONS, comparison, report
 from tooln1.data import Example, write_examples
 from tooln1.prompt import format_reply
 
@@ -176,16 +176,16 @@ def test_gold_answers_to_all_of_bfcl_reach_the_ceiling(tmp_path, capsys):
     assert "99.00 100.00 100.00 100.00 99.22 99.81 100.00 100.00 99.75 99.70 99.73" in printed
 
 
-@pytest.mark.parametrize("name", paper.COMPARISONS)
+@pytest.mark.parametrize("name", COMPARISONS)
 def test_the_papers_columns_are_rows_of_the_benchmark(name):
     module = benchmark_module(name)
     categories = getattr(module, "CATEGORIES", None) or tuple(module.LEVELS.values())
     rules = {"acebench": ["official text"], "api_bank": ["ToolRL soft match"]}.get(name, [])
     rows = [*categories, *(f"{category}, {rule}" for category in categories for rule in rules)]
     tallies = {row: Tally(1, 2) for row in rows}
-    keys = {key for group in paper.COMPARISONS[name]["columns"].values() for key in group.values()}
+    keys = {key for group in COMPARISONS[name]["columns"].values() for key in group.values()}
     assert keys - tallies.keys() - module.totals(tallies).keys() == ({"reported"} if name != "bfcl" else set())
-    assert all(row.keys() <= keys for row in paper.COMPARISONS[name]["rows"].values())
+    assert all(row.keys() <= keys for row in COMPARISONS[name]["rows"].values())
 
 
 def test_the_table_has_the_form_of_the_papers():

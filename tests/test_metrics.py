@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tooln1.io.errors import UserError
+from tooln1.io.jsonl import read_jsonl
 from tooln1.run.metrics import (
     Metrics,
     RunLog,
     best_and_worst,
-    read_jsonl,
     read_metrics,
     to_json,
 )

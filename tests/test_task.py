@@ -12,9 +12,9 @@ import train
 from tooln1.benchmarks.runner import GenerationConfig, load_benchmarks
 from tooln1.data import read_examples, write_examples
 from tooln1.io.errors import UserError
+from tooln1.io.jsonl import read_jsonl
 from tooln1.run.checkpoint import read_checkpoint
 from tooln1.run.checks import template, train_eval_overlap
-from tooln1.run.metrics import read_jsonl
 from tooln1.run.task_file import load_task
 from tooln1.tokenizer import load_tokenizer
 

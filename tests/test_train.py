@@ -13,10 +13,10 @@ import train
 from tooln1.config import load_config, to_toml
 from tooln1.data import read_examples
 from tooln1.io.errors import Stopped, UserError
+from tooln1.io.jsonl import read_jsonl
 from tooln1.model import load_model
 from tooln1.prompt import build_messages
 from tooln1.rewards import REWARDS
-from tooln1.run.metrics import read_jsonl
 from tooln1.sft import demonstrations, target_text
 from tooln1.tokenizer import load_tokenizer
 

@@ -16,10 +16,8 @@ and, where they apply, these names:
     CATEGORIES                          all categories; one without cases in the data is reported
     NEVER_RIGHT, CHANGED_SINCE_PAPER    ids of cases whose rules accept no answer, and of those that changed
 
-To add one: write the module and put its name into NAMES; the paper's rows for it go into paper.py.
+To add one: write the module and put its name into NAMES; the paper's rows for it go into paper.json.
 """
-
-from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
@@ -35,13 +33,14 @@ NAMES = ("examples", "bfcl", "acebench", "api_bank")
 
 @dataclass(frozen=True)
 class Case:
-    """One question of a benchmark. A module whose rules need more may subclass it."""
+    """One question of a benchmark."""
 
     id: str  # unique in its benchmark
     category: str  # the row of the table it counts in
     example: Example  # what the model is asked; prompt.build_messages renders it
     gold: Any  # JSON: the right answer as the benchmark writes it, shown beside a failure
-    messages: list[dict] = field(default_factory=list, kw_only=True)  # the prompt, where prompt.py does not render it
+    functions: list[dict] = field(default_factory=list)  # as the data describe them, where the rules need that
+    messages: list[dict] = field(default_factory=list)  # the prompt, where prompt.py does not render it
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,9 @@ which changes what a readable reply is worth: where the official run crashes, th
 arithmetic on what is no number are not read (acebench_text).
 """
 
-from __future__ import annotations
-
 import os
 import re
 import statistics
-from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -38,22 +35,10 @@ UNREADABLE = "wrong_output_format"
 FOLDERS = (".", "data_en", "data_all/data_en")  # where the data lie: their own folder, or an ACEBench checkout
 
 
-@dataclass(frozen=True)
-class AceCase(Case):
-    """A question of ACEBench. `gold` is `acebench_checker.Gold`, or a list of such, any of which is right."""
-
-    functions: list[dict]  # as the data describe them; `example.tools` is what the model sees
-
-    @property
-    def golds(self) -> list[Gold]:
-        """The accepted answers."""
-        return self.gold if isinstance(self.gold, list) else [self.gold]
-
-
 # ------------------------------------------------------------------------------------------------------ scoring
 
 
-def score(case: AceCase, completion: str, think: bool = True) -> Verdict:
+def score(case: Case, completion: str, think: bool = True) -> Verdict:
     """The verdict on a reply's decoded calls, that on their official text beside it.
 
     `why` is the official error type; a reply without calls that read has the official one for unreadable text.
@@ -70,7 +55,7 @@ def score(case: AceCase, completion: str, think: bool = True) -> Verdict:
     return Verdict(not why, why, {TEXT: by_text})
 
 
-def score_text(case: AceCase, text: str) -> Verdict:
+def score_text(case: Case, text: str) -> Verdict:
     """The verdict of the official text path on a text such as "[book(city='Bonn', nights=2)]"."""
     try:
         why = _fault(case, read_text(text))
@@ -79,9 +64,10 @@ def score_text(case: AceCase, text: str) -> Verdict:
     return Verdict(not why, why)
 
 
-def _fault(case: AceCase, calls: list[Call]) -> str:
+def _fault(case: Case, calls: list[Call]) -> str:
     """The fault by the first accepted answer, "" if any of them has none."""
-    faults = [calls_fault(calls, gold, case.functions) for gold in case.golds]
+    accepted = case.gold if isinstance(case.gold, list) else [case.gold]
+    faults = [calls_fault(calls, gold, case.functions) for gold in accepted]
     return "" if "" in faults else faults[0]
 
 
@@ -104,7 +90,7 @@ def totals(by_category: dict[str, Tally]) -> dict[str, Tally | float]:
 # --------------------------------------------------------------------------------------------------------- data
 
 
-def load(path: str | os.PathLike) -> list[AceCase]:
+def load(path: str | os.PathLike) -> list[Case]:
     """The cases of the eight categories, in the order of CATEGORIES.
 
     path: an ACEBench checkout, or a folder with its files data_normal_atom_bool.json, ... and, in possible_answer/,
@@ -122,8 +108,8 @@ def _rows(category: str, folder: Path) -> list[tuple[str, str, dict, Any]]:
     return [(where, category, row, gold) for where, row, gold in pairs]
 
 
-def _case(category: str, row: dict, gold: Any) -> AceCase:
-    """The case of one question."""
+def _case(category: str, row: dict, gold: Gold | list[Gold]) -> Case:
+    """The case of one question. gold: a list where any of several answers is right."""
     example = Example(
         id=row["id"],
         source=category,
@@ -132,7 +118,7 @@ def _case(category: str, row: dict, gold: Any) -> AceCase:
         messages=_messages(row["question"], row.get("time", "")),
         answer=[],
     )
-    return AceCase(example.id, category, example, gold, row["function"])
+    return Case(example.id, category, example, gold, row["function"])
 
 
 def _messages(question: str, time: str) -> list[dict]:

@@ -8,8 +8,6 @@ booleans are compared by type only; a gold string need only occur in the given o
 by the same call. Every function returns the official name of the first fault, "" where there is none.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -21,23 +19,13 @@ from tooln1.benchmarks.bfcl_checker import normalized
 Gold = dict[str, dict[str, Any]]  # {function name, perhaps with a number: {parameter: value}}
 
 # Declared type -> the value's type, and the declared types whose elements have a type too.
-TYPES: dict[str, type] = {
-    "string": str,
-    "any": str,
-    "integer": int,
-    "int": int,
-    "number": int,
-    "float": float,
-    "boolean": bool,
-    "array": list,
-    "tuple": list,
-    "list": list,
-    "list(string)": list,
-    "list(enum)": list,
-    "object": dict,
-    "dict": dict,
-    "enum": enumerate,  # as the official table has it: no value is one
-}
+TYPES: dict[str, type] = (
+    dict.fromkeys(("string", "any"), str)
+    | dict.fromkeys(("integer", "int", "number"), int)
+    | dict.fromkeys(("array", "tuple", "list", "list(string)", "list(enum)"), list)
+    | dict.fromkeys(("object", "dict"), dict)
+    | {"float": float, "boolean": bool, "enum": enumerate}  # as the official table has it: no value is an enumerate
+)
 _ELEMENTS = {"array": dict, "tuple": dict, "object": dict, "list(string)": str, "list(enum)": enumerate}  # by default
 
 

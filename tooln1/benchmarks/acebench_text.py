@@ -36,8 +36,7 @@ def read_text(text: str) -> list[Call]:
     if len(re.findall(r"\W", text)) > MAX_MARKS:
         raise UnreadableText(f"more than {MAX_MARKS} punctuation marks")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about backslashes in strings
+        with warnings.catch_warnings(action="ignore"):  # about backslashes in strings
             body = ast.parse(text, mode="eval").body
         if not isinstance(body, ast.List | ast.Tuple | ast.Set):
             raise UnreadableText("no list")

@@ -18,8 +18,6 @@ scored is not known; its figures are not comparable.
 The last call block of a reply counts, as in training, and reasoning is not looked for.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import os
@@ -181,10 +179,9 @@ def _dialogues(path: Path, folder: str) -> Iterator[tuple[str, list[tuple[str, d
     """(name, [(where, turn)]) of each dialogue of a level, by name; none where the level is not there."""
     for place in (path / samples / folder for samples in SAMPLE_FOLDERS):
         if place.is_dir():
-            files = (
-                file for file in sorted(place.glob("*.jsonl")) if file.stat().st_size
-            )  # one official file is empty
-            yield from ((file.stem, read_rows(file)) for file in files)
+            for file in sorted(place.glob("*.jsonl")):
+                if file.stat().st_size:  # one official file is empty
+                    yield file.stem, read_rows(file)
             return
         if place.with_suffix(".jsonl").exists():
             for where, row in read_rows(place.with_suffix(".jsonl")):

@@ -8,8 +8,6 @@ hangs, the reply is wrong; call blocks over the limits of `prompt.read_json` are
 Some entries differ from those of the paper's date (CHANGED_SINCE_PAPER), and some nobody can win (NEVER_RIGHT).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import statistics
@@ -17,10 +15,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tooln1.benchmarks import Tally, Verdict
+from tooln1.benchmarks import Case, Tally, Verdict
 from tooln1.benchmarks.bfcl_checker import PYTHON, Call, ast_fault
 from tooln1.benchmarks.bfcl_data import CATEGORIES as CATEGORIES
-from tooln1.benchmarks.bfcl_data import IRRELEVANCE, LANGUAGES, LIVE, RELEVANCE, SIMPLE, BfclCase
+from tooln1.benchmarks.bfcl_data import IRRELEVANCE, LANGUAGES, LIVE, RELEVANCE, SIMPLE
 from tooln1.benchmarks.bfcl_data import load as load
 from tooln1.io.files import atomic_write
 from tooln1.prompt import call_blocks, read_json
@@ -36,7 +34,7 @@ CHANGED_SINCE_PAPER: tuple[str, ...] = tuple(_ENTRIES["changed_since_paper"])
 # ------------------------------------------------------------------------------------------------------ scoring
 
 
-def score(case: BfclCase, completion: str, think: bool = True) -> Verdict:
+def score(case: Case, completion: str, think: bool = True) -> Verdict:
     """The verdict on a reply; `why` is the official error type. Reasoning is neither required nor looked at."""
     return score_output(case, stored_output(completion))
 
@@ -50,7 +48,7 @@ def stored_output(completion: str) -> Any:
         return None
 
 
-def score_output(case: BfclCase, model_output: Any) -> Verdict:
+def score_output(case: Case, model_output: Any) -> Verdict:
     """The verdict on what a reply's call block holds (`stored_output`): any JSON value."""
     calls = decoded(model_output)
     well_formed = calls is not None and all(type(arguments) is dict for call in calls for arguments in call.values())
@@ -120,19 +118,16 @@ def totals(by_category: dict[str, Tally]) -> dict[str, Tally | float]:
 
 # ------------------------------------------------------------------------------------------------------- export
 
+# Under whose name bfcl-eval finds the results, and whose handler decodes them: it knows no Tool-N1.
 OFFICIAL_MODEL = "Salesforce/Llama-xLAM-2-8b-fc-r"
 
 
-def export(
-    predictions: Mapping[str, str], cases: Iterable[BfclCase], directory: str | os.PathLike, model: str = OFFICIAL_MODEL
-) -> list[Path]:
-    """Write replies as result files that `bfcl evaluate --result-dir directory --model model` scores as `score` does.
+def export(predictions: Mapping[str, str], cases: Iterable[Case], directory: str | os.PathLike) -> list[Path]:
+    """Write replies as result files of OFFICIAL_MODEL, which `bfcl evaluate --partial-eval` scores as `score` does.
 
-    predictions: id -> the reply's text; a case without one is left out (the official command then asks for
-                 --partial-eval, and does not count it).
-    model:       under whose name bfcl-eval finds the results, and whose handler decodes them. bfcl-eval knows no
-                 Tool-N1; xLAM-2's handler reads the JSON list that a call block holds, keeps dots in names, and for
-                 "" fails to decode. So a reply becomes its call block, or "" where the Tool-N1 handler fails.
+    predictions: id -> the reply's text; a case without one is left out, and not counted.
+    xLAM-2's handler reads the JSON list that a call block holds, keeps dots in names, and for "" fails to decode. So a
+    reply becomes its call block, or "" where the Tool-N1 handler fails.
     Returns the files, <directory>/<model>/<non_live or live>/BFCL_v4_<category>_result.json.
     """
     rows: dict[str, list[dict]] = {}
@@ -142,7 +137,7 @@ def export(
     files = []
     for category, results in rows.items():
         group = "live" if category.startswith("live_") else "non_live"
-        files.append(Path(directory, model.replace("/", "_"), group, f"BFCL_v4_{category}_result.json"))
+        files.append(Path(directory, OFFICIAL_MODEL.replace("/", "_"), group, f"BFCL_v4_{category}_result.json"))
         with atomic_write(files[-1]) as file:
             file.writelines(json.dumps(row) + "\n" for row in results)
     return files

@@ -7,8 +7,6 @@ Every function here returns the official name of the first fault it finds, "" wh
 checker itself crashes, an exception is raised that `ast_fault` turns into "raises:...".
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,12 +1,9 @@
 """The data of BFCL: its single-turn categories, and the questions and accepted answers of each."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +28,6 @@ V3_CATEGORIES = {"simple": "simple_python", "java": "simple_java", "javascript":
 V3_IDS = {"live_multiple_1052-79-0": "live_multiple_1052-279-0"}
 
 
-@dataclass(frozen=True)
-class BfclCase(Case):
-    """A question of BFCL. `gold`: accepted values as `bfcl_checker.Gold`; [] for no call, "any call" for one."""
-
-    functions: list[dict]  # as the data describe them; `example.tools` is what the model sees
-
-
 # ------------------------------------------------------------------------------------------------------- files
 
 # Where the data lie in a bfcl-eval installation (its own folder or site-packages) and in gorilla, new and old.
@@ -50,7 +40,7 @@ DATA_FOLDERS = (
 )
 
 
-def load(path: str | os.PathLike) -> list[BfclCase]:
+def load(path: str | os.PathLike) -> list[Case]:
     """The cases of all categories that a folder holds, in the order of CATEGORIES.
 
     path: a bfcl-eval installation, a gorilla checkout, or any folder with files such as BFCL_v4_simple_java.json
@@ -83,8 +73,8 @@ def _id(row: dict) -> str:
     return V3_IDS.get(row["id"], f"{V3_CATEGORIES[prefix]}_{number}" if prefix in V3_CATEGORIES else row["id"])
 
 
-def _case(category: str, row: dict, gold: Any) -> BfclCase:
-    """The case of one question."""
+def _case(category: str, row: dict, gold: Any) -> Case:
+    """The case of one question. gold: accepted values as `bfcl_checker.Gold`; [] for no call, "any call" for one."""
     language = LANGUAGES.get(category, PYTHON)
     (turns,) = row["question"]
     example = Example(
@@ -96,7 +86,7 @@ def _case(category: str, row: dict, gold: Any) -> BfclCase:
         tools=[_described(function, language) for function in row["function"]],
         answer=[],  # a reply may be right in many ways: `gold` has them
     )
-    return BfclCase(example.id, category, example, gold, row["function"])
+    return Case(example.id, category, example, gold, row["function"])
 
 
 # --------------------------------------------------------------------------------------------------- functions

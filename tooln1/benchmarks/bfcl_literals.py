@@ -8,39 +8,24 @@ Deviations: a collection of more than MAX_LITERAL characters is not read, since 
 quadratic time (the longest in the data has 164); the key of a Java map ends at its first `",`.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
 MAX_LITERAL = 2**11  # characters of an array, list, map or object
 
 # Declared type -> the type it is compared as.
-JAVA_TYPES = {
-    "byte": int,
-    "short": int,
-    "integer": int,
-    "long": int,
-    "float": float,
-    "double": float,
-    "boolean": bool,
-    "char": str,
-    "String": str,
-    "any": str,
-    "Array": list,
-    "ArrayList": list,
-    "HashMap": dict,
-}
-JAVASCRIPT_TYPES = {
-    "integer": int,
-    "Bigint": int,
-    "float": float,
-    "Boolean": bool,
-    "String": str,
-    "any": str,
-    "array": list,
-    "dict": dict,
-}
+JAVA_TYPES: dict[str, type] = (
+    dict.fromkeys(("byte", "short", "integer", "long"), int)
+    | dict.fromkeys(("float", "double"), float)
+    | dict.fromkeys(("char", "String", "any"), str)
+    | dict.fromkeys(("Array", "ArrayList"), list)
+    | {"boolean": bool, "HashMap": dict}
+)
+JAVASCRIPT_TYPES: dict[str, type] = (
+    dict.fromkeys(("integer", "Bigint"), int)
+    | dict.fromkeys(("String", "any"), str)
+    | {"float": float, "Boolean": bool, "array": list, "dict": dict}
+)
 
 # Declared type -> the text that is read as a number.
 _INTEGER = re.compile(r"-?\d+$")

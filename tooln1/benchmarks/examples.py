@@ -3,8 +3,6 @@
 The category is the example's source. `why` is the fault that `tooln1.rewards.Fault` names.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from types import SimpleNamespace

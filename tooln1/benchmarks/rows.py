@@ -1,7 +1,5 @@
 """What the loaders of the benchmarks share: the data's folder, pairs of question and answer, cases from rows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -3,8 +3,6 @@
 `load_benchmarks` -> cases -> `generate_predictions` or `match_predictions` -> `score_predictions` -> `summarise`
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

@@ -1,13 +1,20 @@
-"""Print the results of an evaluation: tables, the paper's rows and notes, as text."""
+"""Print the results of an evaluation: tables, the paper's rows and notes, as text.
 
-from __future__ import annotations
+paper.json has what the paper reports (its Table 2, BFCL of 2025-04-13; API-Bank; ACEBench): for each benchmark
+"columns" (group of columns -> heading -> the category or total that it shows), "rows" (model -> category or total ->
+per cent; "reported" where the paper does not state its rules) and "notes".
+"""
 
+import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from tooln1.benchmarks.paper import COMPARISONS
+from tooln1.benchmarks import Case
 
+COMPARISONS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 WIDTH = 118  # characters of a line of notes
 
 
@@ -19,12 +26,28 @@ def report(results: Mapping[str, dict[str, Any]]) -> str:
     first = next(iter(results.values()))
     parts = []
     for name, result in first["benchmarks"].items():
-        notes = [textwrap.fill(n, WIDTH, initial_indent="* ", subsequent_indent="  ") for n in result["notes"]]
+        remarks = [textwrap.fill(n, WIDTH, initial_indent="* ", subsequent_indent="  ") for n in result["notes"]]
         by_model = {label: other["benchmarks"][name] for label, other in results.items()}
-        parts += [table(name, result), comparison(name, by_model), "\n".join(notes)]
+        parts += [table(name, result), comparison(name, by_model), "\n".join(remarks)]
     if unknown := first["unknown_ids"]:
         parts.append(f"IGNORED: {len(unknown)} predictions with an id that no case has, such as {unknown[0]!r}")
     return "\n\n".join(filter(None, parts))
+
+
+def notes(name: str, module: ModuleType, chosen: Iterable[Case]) -> list[str]:
+    """What one must know to compare the numbers of a benchmark on the `chosen` cases, a sentence or two each."""
+    ids = {case.id for case in chosen}
+    never = [case_id for case_id in getattr(module, "NEVER_RIGHT", ()) if case_id in ids]
+    changed = [case_id for case_id in getattr(module, "CHANGED_SINCE_PAPER", ()) if case_id in ids]
+    found = list(COMPARISONS[name]["notes"]) if name in COMPARISONS else []
+    if never:
+        found.append(f"No answer is counted as right in {len(never)} of these cases: {', '.join(never)}.")
+    if changed:
+        found.append(
+            f"{len(changed)} of these cases changed after the paper's date (--bfcl-changed leave-out evaluates without "
+            f"them): {', '.join(changed)}."
+        )
+    return found
 
 
 def table(name: str, result: dict[str, Any]) -> str:
@@ -48,11 +71,8 @@ def table(name: str, result: dict[str, Any]) -> str:
 
 def _row(label: str, values: dict[str, Any]) -> tuple[str, str, str]:
     spread = f" ± {values['spread']:.3f}" if "spread" in values else ""
-    return (
-        label,
-        f"{values['accuracy']:.3f}{spread}",
-        f"{values['right']:g}/{values['replies']}" if "right" in values else "",
-    )
+    right = f"{values['right']:g}/{values['replies']}" if "right" in values else ""
+    return label, f"{values['accuracy']:.3f}{spread}", right
 
 
 def comparison(name: str, results: Mapping[str, dict[str, Any]]) -> str:

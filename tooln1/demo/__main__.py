@@ -10,8 +10,6 @@ habits (`warmstart`: numbers written as strings, the second of two calls and wha
 alone undoes them (`train`). No combination of tool and values in `heldout` occurs in any other file.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path
@@ -21,7 +19,7 @@ from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from tooln1.data import read_examples, write_examples
 from tooln1.demo.requests import ASSETS, examples_of, reply_with, write_data
-from tooln1.io.errors import UserError, exit_on_user_error
+from tooln1.io.errors import exit_on_user_error
 from tooln1.io.files import atomic_write, check_writable
 from tooln1.io.model_config import parse_config
 from tooln1.model import random_model, save_model
@@ -141,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tooln1.demo", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("data", "tokenizer", "init-model", "parts"))
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
-    parser.add_argument("--tokenizer", type=Path, help="init-model: the tokenizer's folder")
+    parser.add_argument("--tokenizer", type=Path, default=ASSETS / "model", help="init-model: the tokenizer's folder")
     parser.add_argument("--width", type=int, default=128, help="init-model: the hidden size")
     parser.add_argument("--layers", type=int, default=4, help="init-model: the number of layers")
     parser.add_argument("--seed", type=int, default=0)
@@ -153,8 +151,6 @@ def main() -> None:
         write_tokenizer(args.out, args.seed)
     elif args.what == "parts":
         write_parts(args.out)
-    elif args.tokenizer is None:
-        raise UserError("init-model needs --tokenizer FOLDER.")
     else:
         write_model(args.out, args.tokenizer, args.width, args.layers, args.seed)
     print(f"written: {args.out}")

@@ -11,8 +11,6 @@ In a phrasing
 The tools of a family are similar on purpose, so that they are confused with each other.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random
@@ -71,15 +69,11 @@ def is_held_out(call: dict) -> bool:
     return hashlib.sha256(text.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
-def draw_phrase(tool: dict, rng: random.Random) -> str:
-    """One of the tool's phrasings, with each [A|B] left out or decided."""
-    return OPTION.sub(lambda part: rng.choice(["", rng.choice(part[1].split("|"))]), rng.choice(tool["phrasings"]))
-
-
 def draw_call(tool: dict, rng: random.Random) -> tuple[str, dict]:
     """A request for one call of `tool`, and the call; no two arguments of it are alike."""
     while True:
-        phrase = draw_phrase(tool, rng)
+        phrase = rng.choice(tool["phrasings"])
+        phrase = OPTION.sub(lambda part: rng.choice(["", rng.choice(part[1].split("|"))]), phrase)
         asked = {slot[1]: slot[2] for slot in SLOT.finditer(phrase)}  # parameter -> "true", "false" or None
         arguments = {
             key: draw_value(about["kind"], rng) if asked[key] is None else asked[key] == "true"

@@ -1,7 +1,5 @@
 """Files and directories that are never half-written: temporary name, flush, rename."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterable, Iterator

@@ -1,14 +1,11 @@
 """The local directory of a model that the user names by directory or hub id."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
 from tooln1.io.errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
 
 CONFIG_FILES = ("*.json", "*.jinja", "*.txt")  # of model, tokenizer and generation
 WEIGHT_FILES = ("*.safetensors",)

@@ -1,7 +1,5 @@
 """JSON files: rows of a JSON array or of JSONL, with errors that name the file, the row and the reason."""
 
-from __future__ import annotations
-
 import json
 import os
 from typing import Any
@@ -28,6 +26,15 @@ def read_rows(path: str | os.PathLike) -> list[tuple[str, dict]]:
     if not rows:
         raise UserError(f"{path} holds no rows: expected a JSON array of objects or one JSON object a line")
     return rows
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file; a last line without its newline, cut off by a crash, is left out.
+
+    Raises `UserError` for a file that cannot be read and for a line that is not JSON.
+    """
+    lines = read_text(path).split("\n")[:-1]  # splitlines() would split at U+2028, too
+    return [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 
 def read_text(path: str | os.PathLike) -> str:

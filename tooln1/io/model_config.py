@@ -1,7 +1,5 @@
 """The architecture in config.json: sizes and RoPE; what would be computed wrongly is refused."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -64,21 +62,22 @@ def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig
     given = {key: value for key, value in raw.items() if value is not None}
     hidden, heads = (_number(given, key, int, where) for key in ("hidden_size", "num_attention_heads"))
     given = {"num_key_value_heads": heads, "head_dim": hidden // heads, "initializer_range": 0.02} | given
-    sizes = [part.name for part in fields(ModelConfig) if part.type == "int"]
     config = ModelConfig(
-        **{key: _number(given, key, int, where) for key in sizes},
-        rms_norm_eps=_number(given, "rms_norm_eps", float, where),
-        rope_theta=_number(given | rope, "rope_theta", float, where),
-        rope_scaling=_llama3_scaling(scaling, where) if rope_type == "llama3" else None,
+        **_numbers(ModelConfig, given | rope, where),
+        rope_scaling=Llama3Scaling(**_numbers(Llama3Scaling, scaling, where)) if rope_type == "llama3" else None,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
         qkv_bias=raw["model_type"] == "qwen2",
         qk_norm=raw["model_type"] == "qwen3",
-        initializer_range=_number(given, "initializer_range", float, where),
         raw=raw,
     )
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
         raise UserError(f"{where}: num_attention_heads must be a multiple of num_key_value_heads, head_dim even.")
     return config
+
+
+def _numbers(kind: type, raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of the dataclass `kind` that are numbers."""
+    return {part.name: _number(raw, part.name, part.type, where) for part in fields(kind) if part.type in (int, float)}
 
 
 def _number(raw: dict[str, Any], key: str, kind: type[int] | type[float], where: str) -> Any:
@@ -105,13 +104,6 @@ def _refuse_unsupported(raw: dict[str, Any], rope_type: Any, where: str) -> None
     ):
         if wrong:
             raise UserError(f"{where}: {what} is not supported; Qwen2.5, dense Qwen3 and LLaMA 3 checkpoints are.")
-
-
-def _llama3_scaling(scaling: dict[str, Any], where: str) -> Llama3Scaling:
-    return Llama3Scaling(
-        *(_number(scaling, key, float, where) for key in ("factor", "low_freq_factor", "high_freq_factor")),
-        _number(scaling, "original_max_position_embeddings", int, where),
-    )
 
 
 def pair_cost(config: ModelConfig) -> float:

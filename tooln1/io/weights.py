@@ -1,7 +1,5 @@
 """Weights in the Hugging Face layout: safetensors files, read strictly, written in shards."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -5,17 +5,14 @@
 docs/data.md lists the differences from the released preprocessing (verl/examples/data_preprocess).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
-from collections import Counter
 
 from tooln1.data import write_examples
 from tooln1.io.errors import UserError, exit_on_user_error
 from tooln1.io.files import atomic_write, check_writable
 from tooln1.prepare.augment import add_irrelevance, mask_names
-from tooln1.prepare.convert import SOURCES, XLAM, convert_toolace, convert_xlam
+from tooln1.prepare.convert import SOURCES, convert_toolace, convert_xlam
 from tooln1.prepare.split import split
 from tooln1.prompt import drop_long
 from tooln1.tokenizer import load_tokenizer
@@ -33,37 +30,32 @@ def prepare(args: argparse.Namespace) -> dict:
     if not all(0 <= fraction <= 1 for fraction in (args.irrelevance, args.mask_functions, args.mask_parameters)):
         raise UserError("--irrelevance, --mask-functions and --mask-parameters take a share from 0 to 1")
     out = check_writable(args.out, "--out")
-    conversions = []
+    conversions = {}
     if args.xlam:
-        conversions.append(convert_xlam(args.xlam, args.keep_no_call))
+        conversions["xlam"] = convert_xlam(args.xlam, args.keep_no_call)
     if args.toolace:
-        conversions.append(convert_toolace(args.toolace, args.keep_no_call))
-    examples = [example for conversion in conversions for example in conversion.examples]
+        conversions["toolace"] = convert_toolace(args.toolace, args.keep_no_call)
+    examples = [example for conversion in conversions.values() for example in conversion.examples]
     too_long = None
     if args.tokenizer:
         examples, too_long = drop_long(examples, load_tokenizer(args.tokenizer), args.max_prompt_tokens)
     if not examples:
-        dropped = [f"{reason}: {count}; " for c in conversions for reason, count in c.dropped.items()]
+        dropped = [f"{reason}: {count}; " for c in conversions.values() for reason, count in c.dropped.items()]
         raise UserError(f"no example is left, nothing was written ({''.join(dropped)}too long: {too_long or 0})")
     sides = split(examples, args.seed, args.held_out)
     sides = [add_irrelevance(side, args.irrelevance, args.seed) for side in sides]
     copies, masked = sum(map(len, sides)) - len(examples), {}
     for part, fraction in (("functions", args.mask_functions), ("parameters", args.mask_parameters)):
         sides[0], masked[part] = mask_names(sides[0], part, fraction, args.seed)
-    raw = Counter()
-    for conversion in conversions:
-        raw.update(conversion.rows)
+    rows = {source: count for conversion in conversions.values() for source, count in conversion.rows.items()}
     report = {
-        "raw": {source: raw[source] for source in SOURCES},
+        "raw": {source: rows.get(source, 0) for source in SOURCES},
         "processed": {source: sum(e.source == source for e in examples) for source in SOURCES},
         "train": len(sides[0]),
         "heldout": len(sides[1]),
         "irrelevance_copies": copies,
         "masked": masked,
-        "dropped": {
-            "xlam" if XLAM in conversion.rows else "toolace": dict(sorted(conversion.dropped.items()))
-            for conversion in conversions
-        },
+        "dropped": {name: dict(sorted(conversion.dropped.items())) for name, conversion in conversions.items()},
         "too_long": too_long,
         "options": {key: value for key, value in vars(args).items() if key != "out"},
     }
@@ -101,16 +93,12 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder for train.jsonl, heldout.jsonl and report.json")
     parser.add_argument("--held-out", type=float, default=0.1, help="share of rows held out (paper: 0.1)")
     parser.add_argument("--seed", type=int, default=0, help="of the split, and of what the fractions draw")
-    parser.add_argument(
-        "--irrelevance",
-        type=float,
-        default=0.0,
-        metavar="FRACTION",
-        help="copies without the answer's tools, as a share of all (paper: 0)",
-    )
-    for part in ("functions", "parameters"):
-        text = f"share of training examples whose {part} get random names, in place of the example as it was (paper: 0)"
-        parser.add_argument(f"--mask-{part}", type=float, default=0.0, metavar="FRACTION", help=text)
+    for option, text in (
+        ("--irrelevance", "copies without the answer's tools, as a share of all (paper: 0)"),
+        ("--mask-functions", "share of training examples whose functions get random names, in place (paper: 0)"),
+        ("--mask-parameters", "share of training examples whose parameters get random names, in place (paper: 0)"),
+    ):
+        parser.add_argument(option, type=float, default=0.0, metavar="FRACTION", help=text)
     parser.add_argument("--keep-no-call", action="store_true", help="keep turns without a call, as answer []")
     parser.add_argument("--tokenizer", help="model folder or hub id; with it, over-long prompts are dropped")
     parser.add_argument("--max-prompt-tokens", type=int, default=4096, help="longest prompt kept")

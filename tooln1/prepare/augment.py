@@ -1,12 +1,9 @@
 """Augmentation: copies in which no tool fits, and names that say nothing (Hammer, arXiv 2410.04587)."""
 
-from __future__ import annotations
-
-import hashlib
 from dataclasses import replace
 
 from tooln1.data import Example
-from tooln1.prepare.split import IRRELEVANT
+from tooln1.prepare.split import IRRELEVANT, digest
 
 
 def add_irrelevance(examples: list[Example], fraction: float, seed: int) -> list[Example]:
@@ -23,11 +20,6 @@ def add_irrelevance(examples: list[Example], fraction: float, seed: int) -> list
             copies.append(replace(example, id=example.id + IRRELEVANT, tools=others, answer=[]))
     copies.sort(key=lambda copy: digest(seed, copy.id))
     return examples + copies[: round(fraction * len(examples))]
-
-
-def digest(*parts: str | int) -> bytes:
-    """The hash that draws."""
-    return hashlib.sha256(":".join(map(str, parts)).encode()).digest()
 
 
 def mask_names(examples: list[Example], part: str, fraction: float, seed: int) -> tuple[list[Example], int]:

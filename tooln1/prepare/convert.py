@@ -1,7 +1,5 @@
 """Raw xLAM and ToolACE files to `Example`s: filters with counted reasons."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter
@@ -19,15 +17,11 @@ from tooln1.prompt import XLAM_SYSTEM
 XLAM, SINGLE_TURN, MULTIPLE_TURN = SOURCES = ("xlam", "toolace_single_turn", "toolace_multiple_turn")
 
 # sharegpt role names beside the public ones; function_call is an assistant turn that is always a call
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "tool": "tool",
-    "observation": "tool",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",
-}
+ROLES = (
+    dict.fromkeys(("user", "human"), "user")
+    | dict.fromkeys(("tool", "observation"), "tool")
+    | dict.fromkeys(("assistant", "gpt", "function_call"), "assistant")
+)
 
 # Reasons for which a row or turn is dropped, as the report counts them.
 NO_CALL = "no call"

@@ -11,8 +11,6 @@ predictions.jsonl, as eval.py writes them; after a kill the same command goes on
 OPENAI_API_KEY and written nowhere.
 """
 
-from __future__ import annotations
-
 import argparse
 import http.client
 import json
@@ -31,7 +29,7 @@ from tqdm import tqdm
 from tooln1.data import Example, is_storable, read_examples, write_examples
 from tooln1.io.errors import UserError, exit_on_user_error
 from tooln1.io.files import atomic_write, check_writable
-from tooln1.io.jsonl import field, read_rows, read_text
+from tooln1.io.jsonl import field, read_jsonl, read_rows
 from tooln1.prompt import THINK_CLOSE, THINK_OPEN, build_messages, without_stop_token
 from tooln1.rewards import fault_of
 
@@ -71,8 +69,7 @@ def distill(options: argparse.Namespace) -> dict:
 
 def ask(examples: Sequence[Example], file: Path, options: argparse.Namespace) -> None:
     """Append the endpoint's replies to the predictions in `file`: for each example up to a right one."""
-    lines = read_text(file).split("\n")[:-1] if file.exists() else []  # behind the last "\n": torn by a kill
-    before = [json.loads(line) for line in lines]
+    before = read_jsonl(file) if file.exists() else []  # without a line that a kill tore
     if others := {row["teacher"] for row in before} - {options.teacher_model}:
         raise UserError(f"{file} holds replies of {others.pop()}; choose another --out for {options.teacher_model}.")
     done = {row["id"] for row in before}
@@ -88,7 +85,7 @@ def ask(examples: Sequence[Example], file: Path, options: argparse.Namespace) ->
         return rows
 
     with atomic_write(file) as opened:
-        opened.writelines(f"{line}\n" for line in lines)
+        opened.writelines(json.dumps(row) + "\n" for row in before)
     with open(file, "a", encoding="utf-8") as opened, ThreadPool(options.concurrency) as pool:
         for rows in tqdm(pool.imap_unordered(answered, left), "teacher", len(left), unit=" examples", disable=None):
             opened.write("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,7 +1,5 @@
 """The split into training and held-out examples: by source row, seeded, the same on every machine."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -23,7 +21,7 @@ def split(examples: list[Example], seed: int, held_out: float = 0.1) -> tuple[li
     if not 0 <= held_out < 1:
         raise UserError(f"the held-out share must be at least 0 and below 1, got {held_out}")
     groups = _groups(examples)
-    ranked = sorted(set(groups), key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest())
+    ranked = sorted(set(groups), key=lambda group: digest(seed, group))
     count = max(1, round(held_out * len(ranked))) if held_out else 0
     if count and count >= len(ranked):
         raise UserError(
@@ -33,6 +31,11 @@ def split(examples: list[Example], seed: int, held_out: float = 0.1) -> tuple[li
     chosen = set(ranked[:count])
     train = [example for example, group in zip(examples, groups, strict=True) if group not in chosen]
     return train, [example for example, group in zip(examples, groups, strict=True) if group in chosen]
+
+
+def digest(*parts: str | int) -> bytes:
+    """The hash that draws."""
+    return hashlib.sha256(":".join(map(str, parts)).encode()).digest()
 
 
 def source_row(example_id: str) -> str:

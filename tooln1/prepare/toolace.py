@@ -10,8 +10,6 @@ text is a string. What has no single reading (an argument without a key, text be
 dropped row is better than a wrong label. docs/toolace_parser.md lists the differences from the paper's parser.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -1,7 +1,5 @@
 """Faults of a run: optimizer steps that are not finite, and memory that runs out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,9 +1,8 @@
 """The log of a run: metrics reduced over ranks, JSON lines files, one console line per step, TensorBoard."""
 
-from __future__ import annotations
-
 import json
 import math
+import operator
 import os
 import time
 from collections import Counter
@@ -14,7 +13,7 @@ from typing import IO, Any, Literal
 
 from tooln1.io.errors import UserError
 from tooln1.io.files import atomic_write
-from tooln1.io.jsonl import parse_json, read_text
+from tooln1.io.jsonl import read_jsonl
 
 Entry = tuple[str, float, float]  # (how it is reduced: mean, sum, rate, min or max; value; count of a mean)
 
@@ -86,9 +85,8 @@ def _combine(first: Entry | None, second: Entry) -> Entry:
     if first is None:
         return second
     how, value, count = first
-    if how in ("min", "max"):
-        return how, (min if how == "min" else max)(value, second[1]), count
-    return how, value + second[1], count + second[2]
+    combine = {"min": min, "max": max}.get(how, operator.add)
+    return how, combine(value, second[1]), count + second[2]
 
 
 # label, metric, format: the parts of the console line in order; a metric that a step does not have is left out
@@ -108,7 +106,6 @@ CONSOLE = (
     ("held-out", "heldout_accuracy", "{:.3f}"),
     ("", "seconds/eval", "{:.1f} s"),
 )
-
 
 ALL_EQUAL = (
     "all replies to each prompt of this step got one reward, so all advantages and the policy's loss are 0: only the "
@@ -152,15 +149,6 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file; a last line without its newline, cut off by a crash, is left out.
-
-    Raises `UserError` for a file that cannot be read and for a line that is not JSON.
-    """
-    lines = read_text(path).split("\n")[:-1]  # splitlines() would split at U+2028, too
-    return [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -5,8 +5,6 @@
 RUN is a run directory. The picture needs matplotlib (requirements-extra.txt); `--text` does not.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys
@@ -88,18 +86,13 @@ def text_plot(runs: dict[str, Run]) -> str:
     return "\n".join(lines)
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib Figure, in inches. UserError without matplotlib."""
+def figure(runs: dict[str, Run]) -> Any:
+    """The panels as a matplotlib Figure; curves of 20 values or more are smoothed. UserError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("matplotlib is not installed; pip install -r requirements-extra.txt, or pass --text.") from None
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def figure(runs: dict[str, Run]) -> Any:
-    """The panels as a matplotlib Figure; curves of 20 values or more are smoothed. UserError without matplotlib."""
-    drawing = new_figure(10.5, 5.6)
+    drawing = Figure(figsize=(10.5, 5.6), layout="constrained")  # inches
     for (title, metrics), axis in zip(PANELS.items(), drawing.subplots(2, 3).flat, strict=True):
         axis.set_title(title, loc="left", fontsize=10)
         axis.grid(axis="y", alpha=0.4)
@@ -128,13 +121,11 @@ def main(argv: list[str] | None = None) -> None:
         print(text_plot(runs))
         return
     out, drawing = options.out or Path(options.runs[0]) / "curves.png", figure(runs)
-    if out.suffix[1:] not in drawing.canvas.get_supported_filetypes():
-        raise UserError(f"--out {out}: {out.suffix or 'no ending'} is not an image format; use .png or .svg.")
     try:
         with atomic_write(out, "wb") as file:
             drawing.savefig(file, format=out.suffix[1:], dpi=160)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}.") from None
+    except (OSError, ValueError) as error:  # matplotlib's ValueError lists the formats that it knows
+        raise UserError(f"--out {out} cannot be written: {error}.") from None
     print(f"wrote {out}")
 
 

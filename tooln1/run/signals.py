@@ -1,10 +1,9 @@
 """SIGTERM and SIGINT (Ctrl-C) stop a run where no complete step is lost; a second signal ends the process at once."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time
+from typing import Self
 
 from tooln1.distributed import World
 from tooln1.io.errors import Stopped
@@ -20,7 +19,7 @@ class StopRequest:
         self.number = 0  # of the first signal
         self.time = 0.0  # of the first signal, in seconds
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Self:
         self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 

@@ -7,8 +7,6 @@
 The file holds the fields of `Study`. A job that is done with these settings is skipped.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json
@@ -25,6 +23,7 @@ from typing import Any
 from tooln1.config import Config, load_config
 from tooln1.io.errors import UserError, exit_on_user_error
 from tooln1.io.files import atomic_write
+from tooln1.io.jsonl import read_text
 from tooln1.run.lifecycle import recorded_settings
 from tooln1.run.metrics import read_metrics
 from tooln1.run.plot import figure
@@ -68,10 +67,8 @@ class Job:
 
     def is_done(self) -> bool:
         """Whether the results are there, and the runs' recorded settings are those of the study."""
-        recorded = [(Path(config.run_dir) / "config.toml", recorded_settings(config)) for config in self.configs]
-        return self.results.exists() and all(
-            path.exists() and path.read_text(encoding="utf-8") == settings for path, settings in recorded
-        )
+        recorded = {Path(config.run_dir, "config.toml"): recorded_settings(config) for config in self.configs}
+        return self.results.exists() and all(file.exists() and read_text(file) == recorded[file] for file in recorded)
 
     def scores(self) -> dict[str, float]:
         """The totals of the benchmarks in per cent; {} before the evaluation."""
@@ -85,11 +82,10 @@ class Job:
 
 def read_study(path: Path) -> Study:
     """The study in a TOML file. Raises UserError for one that cannot be read, and for unknown or missing keys."""
+    text = read_text(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(text)
         study = Study(**table | {"arms": [Arm(**arm) for arm in table["arms"]]})
-    except OSError as error:
-        raise UserError(f"cannot read the study {path}: {error.strerror}.") from None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is not a study: {error}.") from None
     for name, *options in study.prepare:
@@ -129,14 +125,11 @@ def run(command: list[str]) -> None:
     print(f"$ {shlex.join(command)}", flush=True)
     process = subprocess.Popen(command)
     try:
-        code = process.wait()
-    except KeyboardInterrupt:  # which the terminal sent to the command too
         process.wait()
-        raise
-    if code:
-        raise UserError(
-            f"exit code {code} of {shlex.join(command)}; the study goes on from there when it is run again."
-        )
+    finally:  # after Ctrl-C, which the terminal sent to the command too
+        process.wait()
+    if code := process.returncode:
+        raise UserError(f"exit code {code} of {shlex.join(command)}; run the study again to go on from there.")
 
 
 def markdown(study: Study, jobs: list[Job]) -> str:

@@ -8,8 +8,6 @@
 It is run as code. So only the command line can name it: no preset, no config.toml and no checkpoint.
 """
 
-from __future__ import annotations
-
 import hashlib
 import sys
 import traceback
