@@ -1,24 +1,19 @@
-"""An estimate of the memory of one training process, and the memory that the machine has.
+"""The memory of one training process by part and by phase, and the memory that the machine has.
 
-Certain are the parts that follow from a number of bytes per parameter: weights, gradients, Adam's moments, the copies.
-The others are estimated for a pass over T tokens; C, Q, K, I are the widths of the residual stream, all query heads,
-all key heads and the MLP, and b the bytes of a number in a pass (2 on CUDA, 4 on the CPU):
+    counted     from a number of bytes per parameter: weights, gradients, Adam's moments, copies; shards are FSDP2's own
+    traced      what the passes of an update need and what FSDP2 gathers for them (trace.py)
+    formula     CUDA's context, graphs and the logits of sampling (a constant); prefill, taken to need what a log-prob
+                pass does; the KV cache: half of what all other parts leave in their largest phase, or less if the
+                sampler cannot use it (sampler/kv_cache.py)
 
-    activations     stored for the backward pass: T (6C + 2Q + 4K + 4I) b per layer, 2 T (Q + K) b more where q and k
-                    have norms (Qwen3); T C b with activation checkpointing
-    working memory  the largest of: four fp32 copies of [logprob_chunk_tokens, V] and the gradient of the head; one
-                    layer's activations once more (twice with checkpointing), and two gathered layers and gradients;
-                    at the end the gradients of embedding and head. Beside them the gathered embedding and head
-    KV cache        half of what all other parts leave, or less if the sampler cannot use it (sampler/kv_cache.py)
-
-With LoRA on one process the frozen weights are also the reference and the sampling copy.
-The sampler is given what this estimate leaves, so that both plan the same cache. Not included: fragmentation.
+Gradients last from an update to the next one. With LoRA on one process the frozen weights are also the reference and
+the sampling copy. The sampler is given what this leaves, so that both plan the same cache. Not included: fragmentation.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,10 +22,11 @@ import torch
 
 import tooln1.sampler.kv_cache as kv_cache
 from tooln1.io.model_config import ModelConfig
-from tooln1.lora import add_adapters, trained_parameters
-from tooln1.model import Transformer
+from tooln1.lora import trained_parameters
+from tooln1.run.trace import Group, Passes, groups, meta_model, passes
 
 FP32 = 4
+PHASES = ("load", "rollout", "log-probs", "update")
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 # the settings that memory depends on: in sampling, in the passes of an update, and for the weights
@@ -44,27 +40,26 @@ class Part(NamedTuple):
     """One part of a process's memory."""
 
     name: str
-    bytes: int
     place: str  # "GPU" or "host"
-    certain: bool = True  # False: estimated
+    phases: tuple[int, ...]  # bytes in each of PHASES
+    source: str = "counted"  # or "traced", "formula"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The memory of one process at its peak."""
+    """The memory of one process."""
 
     parts: tuple[Part, ...]
-    loading: Part  # while the policy is loaded: all weights in fp32, before they are sharded
     free_bytes: int  # what all parts but the KV cache leave on the device
 
-    def certain(self, place: str) -> int:
-        """Bytes that are needed in any case on the "GPU" or the "host"."""
-        needed = sum(part.bytes for part in self.parts if part.certain and part.place == place)
-        return max(needed, self.loading.bytes) if place == self.loading.place else needed
+    def total(self, place: str, sources: Collection[str] = ("counted", "traced", "formula")) -> int:
+        """Bytes of the parts from these sources on the "GPU" or the "host", in the phase that needs most."""
+        chosen = [part.phases for part in self.parts if part.place == place and part.source in sources]
+        return max(map(sum, zip(*chosen, strict=True)), default=0)
 
-    def total(self, place: str) -> int:
-        """Bytes including the estimated parts."""
-        return max(self.certain(place), sum(part.bytes for part in self.parts if part.place == place))
+    def certain(self, place: str) -> int:
+        """Bytes that are needed in any case."""
+        return self.total(place, ("counted",))
 
 
 def estimate(
@@ -76,58 +71,101 @@ def estimate(
     prompt: int,
     reply: int,
 ) -> Estimate:
-    """The memory of one of `processes` that train a model of this config.
+    """The memory of one of `processes`, the default process group's, that train a model of this config.
 
     reference: config of the frozen model, None without one. settings: those of the run by name, "auto" replaced.
     available: bytes by place, as `available` gives them. prompt, reply: the longest ones, in tokens.
     """
     cuda, device = "GPU" in available, next(iter(available))
     number = 2 if cuda else FP32  # bytes of a number in passes and copies
-    lora, trained = settings["lora_rank"] > 0, num_trained(config, settings)
-    one_copy = lora and processes == 1
-    sharded = (cuda or processes > 1) and not one_copy
-    size, frozen = config.num_parameters, reference.num_parameters if reference else 0
-    shard = -(-trained // processes)
-    unsharded = number * size + FP32 * trained if settings["accumulate_unsharded"] and sharded else 0
+    lora, alone = settings["lora_rank"] > 0, processes == 1
+    block, others = groups(config, settings, processes)
+    shards = others.shards + config.num_hidden_layers * block.shards
+    trained = others.trained + config.num_hidden_layers * block.trained
+    weights, kept = FP32 * trained, 0
+    if reference:
+        of_block, of_others = groups(reference, settings | {"lora_rank": 0}, processes)
+        reference_shards = of_others.shards + reference.num_hidden_layers * of_block.shards
+        pinned = cuda and settings["offload_reference"]
+        kept = pinned_bytes(reference_shards, number) if pinned else number * sum(reference_shards)
     masters = "host" if settings["offload_optimizer"] else device
-    weights, kept = FP32 * shard, number * -(-frozen // processes)
     if cuda and settings["offload_optimizer"]:
-        weights = pinned_bytes(config, FP32, processes)
-    if cuda and settings["offload_reference"] and reference:
-        kept = pinned_bytes(reference, number, processes)
-    activations, working = pass_bytes(config, settings, number, processes if sharded else 0)
+        weights = pinned_bytes(shards, FP32)
+    sharded = (cuda or not alone) and not (lora and alone)
+    traced = passes(config, settings, cuda, sharded)
+    logprobs, update = traced.logprobs, (0, traced.stored, max(traced.head, traced.blocks) - traced.stored)
+    gathered = 0
+    if sharded:
+        gathered, update = with_gathered(traced, block, others, config, settings, number, processes)
     parts = [
-        Part("frozen weights", number * -(-size // processes) * lora, device),
-        Part("weights (fp32)", weights, masters),
-        Part("gradients (fp32)", weights, masters),
-        Part("Adam's moments (fp32)", 2 * FP32 * shard, masters),
-        Part("reference", kept, "host" if settings["offload_reference"] else device),
-        Part("sampling copy", number * size * (not one_copy), device),
-        Part("unsharded weights and gradients", unsharded, device),
-        Part("activations", activations, device, certain=False),
-        Part("working memory", working, device, certain=False),
-        Part("CUDA context, graphs, sampling", kv_cache.CUDA_RESERVE * cuda, device, certain=False),
+        Part(
+            "whole weights, not sharded yet",
+            device,
+            ((number if lora else FP32) * config.num_parameters * sharded, 0, 0, 0),
+        ),
+        Part("frozen weights", device, _kept(number * (sum(shards) - trained))),
+        Part("weights (fp32)", masters, _kept(weights)),
+        Part("gradients (fp32)", masters, _kept(weights)),
+        Part("Adam's moments (fp32)", masters, _kept(2 * FP32 * trained)),
+        Part("reference", "host" if settings["offload_reference"] else device, _kept(kept)),
+        Part("sampling copy", device, _kept(number * config.num_parameters * (not (lora and alone)))),
+        Part("gathered weights, gradients", device, (0, 0, gathered, update[0]), "traced"),
+        Part("activations", device, (0, 0, 0, update[1]), "traced"),
+        Part("working memory", device, (0, logprobs, logprobs, update[2]), "traced"),
+        Part("CUDA context, graphs, sampling", device, (kv_cache.CUDA_RESERVE * cuda,) * 4, "formula"),
     ]
-    free = max(0, available[device] - sum(part.bytes for part in parts if part.place == device))
+    free = max(0, available[device] - Estimate(tuple(parts), 0).total(device))
     cache = cache_bytes(config, settings, cuda, processes, (prompt, reply), free)
-    parts.append(Part("KV cache", cache, device, certain=cuda and settings["rollout_cache_tokens"] > 0))
-    loading = Part("loading", (number if lora else FP32) * size * sharded, device)
-    return Estimate(tuple(part for part in parts if part.bytes), loading, free)
+    source = "counted" if cuda and settings["rollout_cache_tokens"] else "formula"
+    parts.append(Part("KV cache", device, _kept(cache), source))
+    return Estimate(tuple(part for part in parts if any(part.phases)), free)
+
+
+def _kept(size: int) -> tuple[int, ...]:
+    """Bytes that a process has in all phases after the loading."""
+    return 0, size, size, size
+
+
+def with_gathered(
+    traced: Passes,
+    block: Group,
+    others: Group,
+    config: ModelConfig,
+    settings: Mapping[str, Any],
+    number: int,
+    processes: int,
+) -> tuple[int, tuple[int, int, int]]:
+    """Bytes that FSDP2 gathers, (in a log-prob pass, (in the update, its activations, its working memory)).
+
+    A pass holds the weights outside the blocks, those of a block, and the buffer that these or the next block's were
+    gathered in; in the backward pass, too, the fp32 gradients of the block before, while they are reduced.
+    """
+    whole, root = (number * processes * sum(group.shards) for group in (block, others))
+    gradients, root_gradients = (FP32 * processes * group.trained for group in (block, others))
+    buffer = whole if processes > 1 else 0
+    in_pass = root + whole + buffer
+    at_head, in_blocks = in_pass, in_pass + gradients
+    if settings["accumulate_unsharded"]:
+        at_head = root + root_gradients + config.num_hidden_layers * (whole + gradients)
+        in_blocks = at_head + gradients
+    # at the end the gradients outside the blocks are reduced; a single process divides them by 1 into a second copy
+    at_end = number * root_gradients // FP32 + root_gradients * (2 if processes == 1 else 1) + FP32 * others.trained
+    update = max(
+        (at_head, traced.stored, traced.head - traced.stored),
+        (in_blocks, traced.stored, traced.blocks - traced.stored),
+        (at_end, 0, 0),
+        key=sum,
+    )
+    return in_pass, update
 
 
 def num_trained(config: ModelConfig, settings: Mapping[str, Any]) -> int:
     """Number of parameters that a run trains: all, or those of LoRA's adapters."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    if settings["lora_rank"]:
-        add_adapters(model, settings["lora_rank"], 1.0, settings["lora_targets"].split(","), seed=0)
-    return sum(parameter.numel() for parameter in trained_parameters(model).values())
+    return sum(weight.numel() for weight in trained_parameters(meta_model(config, settings)).values())
 
 
-def pinned_bytes(config: ModelConfig, number: int, processes: int) -> int:
-    """Bytes of a process's shards of all weights in pinned memory, which comes in powers of two."""
-    with torch.device("meta"):
-        shards = [-(-weight.numel() // processes) for weight in Transformer(config).parameters()]
+def pinned_bytes(shards: Iterable[int], number: int) -> int:
+    """Bytes of shards (of so many numbers each) in pinned memory, which comes in powers of two."""
     return sum(1 << (number * shard - 1).bit_length() for shard in shards)
 
 
@@ -145,40 +183,21 @@ def cache_bytes(
     return kv_cache.kv_bytes_per_token(config, element_size) * blocks * block_size
 
 
-def pass_bytes(config: ModelConfig, settings: Mapping[str, Any], number: int, shards: int) -> tuple[int, int]:
-    """(bytes of the stored activations, bytes of the working memory) of a forward and backward pass.
-
-    number: bytes of a number in the pass. shards: processes that the weights are sharded over, 0 without FSDP2.
-    """
-    tokens, checkpointing = settings["tokens_per_microbatch"], settings["activation_checkpointing"]
-    queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    # both norms' and the projections' inputs, q, k and v (twice), the MLP's; the norms' of q and k
-    width = 6 * config.hidden_size + 2 * queries + 4 * keys + 4 * config.intermediate_size
-    layer = tokens * number * (width + 2 * (queries + keys) * config.qk_norm)
-    stored = config.num_hidden_layers * (tokens * number * config.hidden_size if checkpointing else layer)
-    table = config.vocab_size * config.hidden_size
-    tables = table if config.tie_word_embeddings else 2 * table
-    layer_size = (config.num_parameters - tables) // config.num_hidden_layers
-    gradient = 0 if settings["lora_rank"] else number + FP32  # bytes of a weight's, which is reduced in fp32
-    at_head = 4 * FP32 * settings["logprob_chunk_tokens"] * config.vocab_size + gradient * table
-    in_layers = layer * (2 if checkpointing else 1)
-    if not shards:
-        return stored, max(at_head, in_layers)
-    in_layers += 2 * (number + gradient) * layer_size
-    at_end = (gradient + FP32 * (shards == 1)) * tables  # a single process divides by 1 into a second fp32 copy
-    return stored, max(at_head, in_layers, at_end - stored) + number * tables
-
-
 def with_values(names: Iterable[str], settings: Mapping[str, Any]) -> str:
     """Settings and their values for a message: "kl (k3), offload_reference (False)"."""
     return ", ".join(f"{name} ({settings[name]})" for name in names)
 
 
 def table(needed: Estimate) -> str:
-    """The parts of an estimate, one line each."""
+    """The parts of an estimate by phase, one line each, and their sums."""
+    lines = [("", *PHASES, "where", "how it is known")]
+    for place in dict.fromkeys(part.place for part in needed.parts):
+        there = [part for part in needed.parts if part.place == place]
+        lines += [(part.name, *map(format_bytes, part.phases), place, part.source) for part in there]
+        sums = map(sum, zip(*(part.phases for part in there), strict=True))
+        lines.append((f"on the {place}", *map(format_bytes, sums), "", ""))
     return "\n".join(
-        f"  {part.name:<32}{format_bytes(part.bytes):>9}  {part.place}{'' if part.certain else ', estimated'}"
-        for part in needed.parts
+        f"  {name:<32}" + "".join(f"{cell:>12}" for cell in cells[:-1]) + f"  {cells[-1]}" for name, *cells in lines
     )
 
 
