@@ -13,17 +13,18 @@ the sampling copy. The sampler is given what this leaves, so that both plan the 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import tooln1.sampler.kv_cache as kv_cache
 from tooln1.io.model_config import ModelConfig
 from tooln1.lora import trained_parameters
-from tooln1.run.trace import Group, Passes, groups, meta_model, passes
+from tooln1.run import trace
 
 FP32 = 4
 PHASES = ("load", "rollout", "log-probs", "update")
@@ -52,14 +53,10 @@ class Estimate:
     parts: tuple[Part, ...]
     free_bytes: int  # what all parts but the KV cache leave on the device
 
-    def total(self, place: str, sources: Collection[str] = ("counted", "traced", "formula")) -> int:
+    def total(self, place: str, sources: Iterable[str] = ("counted", "traced", "formula")) -> int:
         """Bytes of the parts from these sources on the "GPU" or the "host", in the phase that needs most."""
-        chosen = [part.phases for part in self.parts if part.place == place and part.source in sources]
-        return max(map(sum, zip(*chosen, strict=True)), default=0)
-
-    def certain(self, place: str) -> int:
-        """Bytes that are needed in any case."""
-        return self.total(place, ("counted",))
+        phases = [part.phases for part in self.parts if part.place == place and part.source in sources]
+        return max(map(sum, zip(*phases, strict=True)), default=0)
 
 
 def estimate(
@@ -78,46 +75,41 @@ def estimate(
     """
     cuda, device = "GPU" in available, next(iter(available))
     number = 2 if cuda else FP32  # bytes of a number in passes and copies
-    lora, alone = settings["lora_rank"] > 0, processes == 1
-    block, others = groups(config, settings, processes)
-    shards = others.shards + config.num_hidden_layers * block.shards
-    trained = others.trained + config.num_hidden_layers * block.trained
-    weights, kept = FP32 * trained, 0
+    lora = settings["lora_rank"] > 0
+    one_copy = lora and processes == 1
+    sharded = (cuda or processes > 1) and not one_copy
+    own, frozen = trace.shards(config, settings, processes), {}
     if reference:
-        of_block, of_others = groups(reference, settings | {"lora_rank": 0}, processes)
-        reference_shards = of_others.shards + reference.num_hidden_layers * of_block.shards
-        pinned = cuda and settings["offload_reference"]
-        kept = pinned_bytes(reference_shards, number) if pinned else number * sum(reference_shards)
+        frozen = trace.shards(reference, settings | {"lora_rank": 0}, processes)
+    trained = {name: weight for name, weight in own.items() if weight.requires_grad}
+    weights = shard_bytes(trained, FP32, cuda and settings["offload_optimizer"])
     masters = "host" if settings["offload_optimizer"] else device
-    if cuda and settings["offload_optimizer"]:
-        weights = pinned_bytes(shards, FP32)
-    sharded = (cuda or not alone) and not (lora and alone)
-    traced = passes(config, settings, cuda, sharded)
-    logprobs, update = traced.logprobs, (0, traced.stored, max(traced.head, traced.blocks) - traced.stored)
-    gathered = 0
-    if sharded:
-        gathered, update = with_gathered(traced, block, others, config, settings, number, processes)
+    logprobs, update = pass_bytes(config, settings, cuda, processes if sharded else 0, own)
     parts = [
         Part(
-            "whole weights, not sharded yet",
+            "whole weights, to be sharded",
             device,
             ((number if lora else FP32) * config.num_parameters * sharded, 0, 0, 0),
         ),
-        Part("frozen weights", device, _kept(number * (sum(shards) - trained))),
+        Part("frozen weights", device, _kept(shard_bytes(own, number) - shard_bytes(trained, number))),
         Part("weights (fp32)", masters, _kept(weights)),
         Part("gradients (fp32)", masters, _kept(weights)),
-        Part("Adam's moments (fp32)", masters, _kept(2 * FP32 * trained)),
-        Part("reference", "host" if settings["offload_reference"] else device, _kept(kept)),
-        Part("sampling copy", device, _kept(number * config.num_parameters * (not (lora and alone)))),
-        Part("gathered weights, gradients", device, (0, 0, gathered, update[0]), "traced"),
+        Part("Adam's moments (fp32)", masters, _kept(2 * shard_bytes(trained, FP32))),
+        Part(
+            "reference",
+            "host" if settings["offload_reference"] else device,
+            _kept(shard_bytes(frozen, number, cuda and settings["offload_reference"])),
+        ),
+        Part("sampling copy", device, _kept(number * config.num_parameters * (not one_copy))),
+        Part("gathered weights, gradients", device, (0, 0, logprobs[0], update[0]), "traced"),
         Part("activations", device, (0, 0, 0, update[1]), "traced"),
-        Part("working memory", device, (0, logprobs, logprobs, update[2]), "traced"),
+        Part("working memory", device, (0, logprobs[1], logprobs[1], update[2]), "traced"),
         Part("CUDA context, graphs, sampling", device, (kv_cache.CUDA_RESERVE * cuda,) * 4, "formula"),
     ]
     free = max(0, available[device] - Estimate(tuple(parts), 0).total(device))
     cache = cache_bytes(config, settings, cuda, processes, (prompt, reply), free)
-    source = "counted" if cuda and settings["rollout_cache_tokens"] else "formula"
-    parts.append(Part("KV cache", device, _kept(cache), source))
+    given = cuda and settings["rollout_cache_tokens"] > 0
+    parts.append(Part("KV cache", device, _kept(cache), "counted" if given else "formula"))
     return Estimate(tuple(part for part in parts if any(part.phases)), free)
 
 
@@ -126,47 +118,45 @@ def _kept(size: int) -> tuple[int, ...]:
     return 0, size, size, size
 
 
-def with_gathered(
-    traced: Passes,
-    block: Group,
-    others: Group,
-    config: ModelConfig,
-    settings: Mapping[str, Any],
-    number: int,
-    processes: int,
-) -> tuple[int, tuple[int, int, int]]:
-    """Bytes that FSDP2 gathers, (in a log-prob pass, (in the update, its activations, its working memory)).
+def shard_bytes(shards: Mapping[str, Tensor], number: int, pinned: bool = False) -> int:
+    """Bytes of shards, `number` bytes each number; in pinned memory, which comes in powers of two."""
+    sizes = [number * shard.numel() for shard in shards.values()]
+    return sum(1 << (size - 1).bit_length() if pinned else size for size in sizes)
 
-    A pass holds the weights outside the blocks, those of a block, and the buffer that these or the next block's were
-    gathered in; in the backward pass, too, the fp32 gradients of the block before, while they are reduced.
+
+def pass_bytes(
+    config: ModelConfig, settings: Mapping[str, Any], cuda: bool, processes: int, shards: Mapping[str, Tensor]
+) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """Bytes in a log-prob pass, (gathered, working), and in an update, (gathered, activations, working).
+
+    processes: 0 without FSDP2. With it a pass holds the weights outside the blocks, those of a block, and the buffer
+    that they, or in the backward pass the next block's, were gathered in; there also the fp32 gradients of the block
+    before, being reduced.
     """
-    whole, root = (number * processes * sum(group.shards) for group in (block, others))
-    gradients, root_gradients = (FP32 * processes * group.trained for group in (block, others))
-    buffer = whole if processes > 1 else 0
-    in_pass = root + whole + buffer
-    at_head, in_blocks = in_pass, in_pass + gradients
-    if settings["accumulate_unsharded"]:
-        at_head = root + root_gradients + config.num_hidden_layers * (whole + gradients)
-        in_blocks = at_head + gradients
-    # at the end the gradients outside the blocks are reduced; a single process divides them by 1 into a second copy
-    at_end = number * root_gradients // FP32 + root_gradients * (2 if processes == 1 else 1) + FP32 * others.trained
-    update = max(
-        (at_head, traced.stored, traced.head - traced.stored),
-        (in_blocks, traced.stored, traced.blocks - traced.stored),
-        (at_end, 0, 0),
-        key=sum,
+    logprobs, stored, at_head, in_blocks = trace.passes(config, settings, cuda)
+    if not processes:
+        return (0, logprobs), (0, stored, max(at_head, in_blocks) - stored)
+    block = {name: weight for name, weight in shards.items() if name.startswith("model.layers.0.")}
+    rest = {name: weight for name, weight in shards.items() if not name.startswith("model.layers.")}
+    number = 2 if cuda else FP32
+    whole, root = (processes * shard_bytes(group, number) for group in (block, rest))
+    gradients, root_gradients = (
+        processes * FP32 * sum(weight.numel() for weight in group.values() if weight.requires_grad)
+        for group in (block, rest)
     )
-    return in_pass, update
+    gathered = root + whole * (2 if processes > 1 else 1)
+    held = gathered
+    if settings["accumulate_unsharded"]:
+        held = root + root_gradients + config.num_hidden_layers * (whole + gradients)
+    # at the end gradients outside the blocks are reduced; a single process divides them by 1 into a second copy
+    at_end = root_gradients * number // FP32 + root_gradients * (2 if processes == 1 else 1)
+    update = [(held, stored, at_head - stored), (held + gradients, stored, in_blocks - stored), (at_end, 0, 0)]
+    return (gathered, logprobs), max(update, key=sum)
 
 
 def num_trained(config: ModelConfig, settings: Mapping[str, Any]) -> int:
     """Number of parameters that a run trains: all, or those of LoRA's adapters."""
-    return sum(weight.numel() for weight in trained_parameters(meta_model(config, settings)).values())
-
-
-def pinned_bytes(shards: Iterable[int], number: int) -> int:
-    """Bytes of shards (of so many numbers each) in pinned memory, which comes in powers of two."""
-    return sum(1 << (number * shard - 1).bit_length() for shard in shards)
+    return sum(weight.numel() for weight in trained_parameters(trace.meta_model(config, settings)).values())
 
 
 def cache_bytes(
@@ -190,15 +180,13 @@ def with_values(names: Iterable[str], settings: Mapping[str, Any]) -> str:
 
 def table(needed: Estimate) -> str:
     """The parts of an estimate by phase, one line each, and their sums."""
-    lines = [("", *PHASES, "where", "how it is known")]
+    rows = [("", *PHASES, "")]
     for place in dict.fromkeys(part.place for part in needed.parts):
         there = [part for part in needed.parts if part.place == place]
-        lines += [(part.name, *map(format_bytes, part.phases), place, part.source) for part in there]
-        sums = map(sum, zip(*(part.phases for part in there), strict=True))
-        lines.append((f"on the {place}", *map(format_bytes, sums), "", ""))
-    return "\n".join(
-        f"  {name:<32}" + "".join(f"{cell:>12}" for cell in cells[:-1]) + f"  {cells[-1]}" for name, *cells in lines
-    )
+        sums = tuple(map(sum, zip(*(part.phases for part in there), strict=True)))
+        for name, _, phases, source in (*there, Part(f"on the {place}", place, sums, "")):
+            rows.append((name, *map(format_bytes, phases), source))
+    return "\n".join("  {:<32}{:>12}{:>12}{:>12}{:>12}  {}".format(*row).rstrip() for row in rows)
 
 
 def format_bytes(count: float) -> str:
