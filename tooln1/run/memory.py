@@ -78,29 +78,24 @@ def estimate(
     lora = settings["lora_rank"] > 0
     one_copy = lora and processes == 1
     sharded = (cuda or processes > 1) and not one_copy
-    own, frozen = trace.shards(config, settings, processes), {}
-    if reference:
-        frozen = trace.shards(reference, settings | {"lora_rank": 0}, processes)
-    trained = {name: weight for name, weight in own.items() if weight.requires_grad}
-    weights = shard_bytes(trained, FP32, cuda and settings["offload_optimizer"])
-    masters = "host" if settings["offload_optimizer"] else device
+    own = trace.shards(config, settings, processes)
+    trained = {name: shard for name, shard in own.items() if shard.requires_grad}
+    frozen = trace.shards(reference, settings | {"lora_rank": 0}, processes) if reference else {}
+    masters, kept_at = ("host" if settings[name] else device for name in ("offload_optimizer", "offload_reference"))
+    weights = shard_bytes(trained, FP32, cuda and masters == "host")
     logprobs, update = pass_bytes(config, settings, cuda, processes if sharded else 0, own)
+    lasting = {
+        "frozen weights": (shard_bytes(own, number) - shard_bytes(trained, number), device),
+        "weights (fp32)": (weights, masters),
+        "gradients (fp32)": (weights, masters),
+        "Adam's moments (fp32)": (2 * shard_bytes(trained, FP32), masters),
+        "reference": (shard_bytes(frozen, number, cuda and kept_at == "host"), kept_at),
+        "sampling copy": (number * config.num_parameters * (not one_copy), device),
+    }
+    whole = (number if lora else FP32) * config.num_parameters * sharded
     parts = [
-        Part(
-            "whole weights, to be sharded",
-            device,
-            ((number if lora else FP32) * config.num_parameters * sharded, 0, 0, 0),
-        ),
-        Part("frozen weights", device, _kept(shard_bytes(own, number) - shard_bytes(trained, number))),
-        Part("weights (fp32)", masters, _kept(weights)),
-        Part("gradients (fp32)", masters, _kept(weights)),
-        Part("Adam's moments (fp32)", masters, _kept(2 * shard_bytes(trained, FP32))),
-        Part(
-            "reference",
-            "host" if settings["offload_reference"] else device,
-            _kept(shard_bytes(frozen, number, cuda and settings["offload_reference"])),
-        ),
-        Part("sampling copy", device, _kept(number * config.num_parameters * (not one_copy))),
+        Part("whole weights, to be sharded", device, (whole, 0, 0, 0)),
+        *(Part(name, place, (0, size, size, size)) for name, (size, place) in lasting.items()),
         Part("gathered weights, gradients", device, (0, 0, logprobs[0], update[0]), "traced"),
         Part("activations", device, (0, 0, 0, update[1]), "traced"),
         Part("working memory", device, (0, logprobs[1], logprobs[1], update[2]), "traced"),
@@ -108,14 +103,9 @@ def estimate(
     ]
     free = max(0, available[device] - Estimate(tuple(parts), 0).total(device))
     cache = cache_bytes(config, settings, cuda, processes, (prompt, reply), free)
-    given = cuda and settings["rollout_cache_tokens"] > 0
-    parts.append(Part("KV cache", device, _kept(cache), "counted" if given else "formula"))
+    source = "counted" if cuda and settings["rollout_cache_tokens"] else "formula"
+    parts.append(Part("KV cache", device, (0, cache, cache, cache), source))
     return Estimate(tuple(part for part in parts if any(part.phases)), free)
-
-
-def _kept(size: int) -> tuple[int, ...]:
-    """Bytes that a process has in all phases after the loading."""
-    return 0, size, size, size
 
 
 def shard_bytes(shards: Mapping[str, Tensor], number: int, pinned: bool = False) -> int:
@@ -136,20 +126,17 @@ def pass_bytes(
     logprobs, stored, at_head, in_blocks = trace.passes(config, settings, cuda)
     if not processes:
         return (0, logprobs), (0, stored, max(at_head, in_blocks) - stored)
-    block = {name: weight for name, weight in shards.items() if name.startswith("model.layers.0.")}
-    rest = {name: weight for name, weight in shards.items() if not name.startswith("model.layers.")}
-    number = 2 if cuda else FP32
-    whole, root = (processes * shard_bytes(group, number) for group in (block, rest))
-    gradients, root_gradients = (
-        processes * FP32 * sum(weight.numel() for weight in group.values() if weight.requires_grad)
-        for group in (block, rest)
-    )
-    gathered = root + whole * (2 if processes > 1 else 1)
-    held = gathered
+    block = {name: shard for name, shard in shards.items() if name.startswith("model.layers.0.")}
+    rest = {name: shard for name, shard in shards.items() if not name.startswith("model.layers.")}
+    whole, root = (processes * shard_bytes(group, 2 if cuda else FP32) for group in (block, rest))
+    # in fp32; with LoRA only adapters in the blocks have some
+    gradients = processes * FP32 * sum(shard.numel() for shard in block.values() if shard.requires_grad)
+    root_gradients = 0 if settings["lora_rank"] else processes * shard_bytes(rest, FP32)
+    gathered = held = root + whole * (2 if processes > 1 else 1)
     if settings["accumulate_unsharded"]:
         held = root + root_gradients + config.num_hidden_layers * (whole + gradients)
     # at the end gradients outside the blocks are reduced; a single process divides them by 1 into a second copy
-    at_end = root_gradients * number // FP32 + root_gradients * (2 if processes == 1 else 1)
+    at_end = bool(root_gradients) * root + root_gradients * (2 if processes == 1 else 1)
     update = [(held, stored, at_head - stored), (held + gradients, stored, in_blocks - stored), (at_end, 0, 0)]
     return (gathered, logprobs), max(update, key=sum)
 

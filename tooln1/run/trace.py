@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tooln1.batch import pack
+from tooln1.batch import PackedBatch, pack
 from tooln1.data import Rollout
 from tooln1.distributed import World, shard
 from tooln1.io.model_config import ModelConfig
@@ -32,7 +32,7 @@ from tooln1.model import RMSNorm, Transformer
 from tooln1.update import PolicyLoss, add_logprobs
 
 CPU = torch.device("cpu")
-MEAN_PROMPT, MEAN_REPLY = 728, 105  # tokens, in the paper's data; the share of reply tokens in a traced micro-batch
+MEAN_PROMPT, MEAN_REPLY = 728, 105  # tokens, in the paper's data
 
 
 def meta_model(config: ModelConfig, settings: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Transformer:
@@ -61,9 +61,7 @@ def passes(config: ModelConfig, settings: Mapping[str, Any], cuda: bool) -> list
 
 
 def _trace(config: ModelConfig, settings: Mapping[str, Any], cuda: bool) -> list[int]:
-    tokens, found = settings["tokens_per_microbatch"], []
-    prompt = max(1, tokens * MEAN_PROMPT // (MEAN_PROMPT + settings["group_size"] * MEAN_REPLY))
-    rollout = Rollout(0, 0, [0] * prompt, [0] * (tokens - prompt), [0.0] * (tokens - prompt), True)
+    found: list[int] = []
     loss = PolicyLoss(chunk=settings["logprob_chunk_tokens"], entropy_coef=settings["entropy_coef"])
 
     def watch_head(model: Transformer, inputs: tuple, hidden: Tensor) -> None:
@@ -79,7 +77,7 @@ def _trace(config: ModelConfig, settings: Mapping[str, Any], cuda: bool) -> list
         for norm in model.modules():
             if isinstance(norm, RMSNorm) and cuda:
                 norm.forward = partial(F.layer_norm, normalized_shape=norm.weight.shape, weight=norm.weight)
-        batch, weights = pack([rollout], [0], torch.zeros(1), attention="sdpa"), live.now
+        batch, weights = _microbatch(settings, cuda and settings["update_attention"] != "sdpa"), live.now
         add_logprobs([batch], model, None, 1.0, loss.chunk)
         found.append(live.restart())
         model.register_forward_hook(watch_head)
@@ -87,6 +85,17 @@ def _trace(config: ModelConfig, settings: Mapping[str, Any], cuda: bool) -> list
         found.append(live.now)
         total.backward()
         return [size - weights for size in (*found, live.peak)]
+
+
+def _microbatch(settings: Mapping[str, Any], one_sequence: bool) -> PackedBatch:
+    """A full micro-batch whose prompts and replies are to each other as those of the paper."""
+    tokens, replies = settings["tokens_per_microbatch"], 1 if one_sequence else settings["group_size"]
+    of_group = MEAN_PROMPT + replies * MEAN_REPLY
+    groups = 1 if one_sequence else max(1, tokens // of_group)
+    reply = max(1, tokens // groups * MEAN_REPLY // of_group)
+    prompt, reply = [0] * max(1, tokens // groups - replies * reply), [0] * reply
+    rollouts = [Rollout(i, j, prompt, reply, [0.0] * len(reply), True) for i in range(groups) for j in range(replies)]
+    return pack(rollouts, range(len(rollouts)), torch.zeros(len(rollouts)), attention="sdpa")
 
 
 class _LiveBytes(TorchDispatchMode):
