@@ -150,7 +150,12 @@ def test_qwen_7b_on_eight_gpus_by_hand():
 
 def presets():
     """The presets of docs/training.md's table, and the cells of their columns; None where there is no column."""
-    text = (tiny.ROOT / "docs/training.md").read_text(encoding="utf-8").split("## Memory of one process")[1].split("\n## ")[0]
+    text = (
+        (tiny.ROOT / "docs/training.md")
+        .read_text(encoding="utf-8")
+        .split("## Memory of one process")[1]
+        .split("\n## ")[0]
+    )
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     names = [name.strip("`").replace("`, ", " x ").split(" x ") for name in rows[0][1:]]
     columns = {name: (int(gpus), int(size), column) for column, (name, gpus, size) in enumerate(names, 1)}
@@ -185,7 +190,7 @@ def on_gpu(needed, phase):
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "options"), [(1, ""), (2, "checkpointing"), (2, "accumulate"), (4, "")])
 def test_the_peak_is_what_the_profiler_sees(processes, options):
-    result = tiny.torchrun(processes, "tests/peak_memory.py", *options.split())
+    result = tiny.torchrun(processes, "tests/peak_memory.py", "cpu", *options.split())
     assert result.returncode == 0, result.stderr[-3000:]
     seen = json.loads(next(line for line in result.stdout.splitlines() if line.startswith("{")))
     assert 0.9 < seen["peak"] / seen["expected"] < 1.1, seen
