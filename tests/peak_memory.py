@@ -62,8 +62,8 @@ def main() -> None:
             peak = peak_of(profiler.profiler.kineto_results.events())
         places = {"GPU": 1 << 40, "host": 1 << 40} if cuda else {"host": 1 << 40}
         needed = estimate(model, model, settings, places, world.size, 585, 83)
-        parts = {part.name: part.phases[-1] for part in needed.parts if part.source != "formula"}
-        del parts["sampling copy"]
+        missing = ("sampling copy", "KV cache", "CUDA context, graphs, sampling")
+        parts = {part.name: part.phases[-1] for part in needed.parts if part.name not in missing}
         if world.is_main:
             print(json.dumps({"peak": peak, "expected": sum(parts.values()), "parts": parts}))
 

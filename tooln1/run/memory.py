@@ -1,10 +1,10 @@
 """The memory of one training process by part and by phase, and the memory that the machine has.
 
     counted     from a number of bytes per parameter: weights, gradients, Adam's moments, copies; shards are FSDP2's own
-    traced      what the passes of an update need and what FSDP2 gathers for them (trace.py)
-    formula     CUDA's context, graphs and the logits of sampling (a constant); prefill, taken to need what a log-prob
-                pass does; the KV cache: half of what all other parts leave in their largest phase, or less if the
-                sampler cannot use it (sampler/kv_cache.py)
+    traced      the passes of an update (trace.py)
+    formula     what FSDP2 gathers, from its shards and its schedule; CUDA's context, graphs and the logits of sampling,
+                a constant; prefill, taken to need what a log-prob pass does; the KV cache: half of what all other parts
+                leave in their largest phase, or less if the sampler cannot use it (sampler/kv_cache.py)
 
 Gradients last from an update to the next one. With LoRA on one process the frozen weights are also the reference and
 the sampling copy. The sampler is given what this leaves, so that both plan the same cache. Not included: fragmentation.
@@ -96,7 +96,7 @@ def estimate(
     parts = [
         Part("whole weights, to be sharded", device, (whole, 0, 0, 0)),
         *(Part(name, place, (0, size, size, size)) for name, (size, place) in lasting.items()),
-        Part("gathered weights, gradients", device, (0, 0, logprobs[0], update[0]), "traced"),
+        Part("gathered weights, gradients", device, (0, 0, logprobs[0], update[0]), "formula"),
         Part("activations", device, (0, 0, 0, update[1]), "traced"),
         Part("working memory", device, (0, logprobs[1], logprobs[1], update[2]), "traced"),
         Part("CUDA context, graphs, sampling", device, (kv_cache.CUDA_RESERVE * cuda,) * 4, "formula"),
@@ -172,7 +172,7 @@ def table(needed: Estimate) -> str:
         there = [part for part in needed.parts if part.place == place]
         sums = tuple(map(sum, zip(*(part.phases for part in there), strict=True)))
         for name, _, phases, source in (*there, Part(f"on the {place}", place, sums, "")):
-            rows.append((name, *map(format_bytes, phases), source))
+            rows.append((name, *(format_bytes(size) if size else "" for size in phases), source))
     return "\n".join("  {:<32}{:>12}{:>12}{:>12}{:>12}  {}".format(*row).rstrip() for row in rows)
 
 

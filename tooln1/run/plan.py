@@ -1,4 +1,4 @@
-"""Plan a run: memory of a process by part and phase, seconds of a step, and what to change where it does not fit.
+"""Plan a run: memory of a process by part and phase, seconds of a GRPO step, and what to change where it does not fit.
 
     python -m tooln1.run.plan --config configs/tool_n1_14b.toml --gpus 32 --gpu-memory 80 [--key value ...]
 
@@ -23,7 +23,7 @@ from tooln1.io.errors import exit_on_user_error
 from tooln1.io.model_config import ModelConfig, pair_cost
 from tooln1.model import read_config
 from tooln1.run.checks import fits_memory, report
-from tooln1.run.memory import estimate, table
+from tooln1.run.memory import estimate, format_bytes, table
 from tooln1.run.setup import reference_of, resolved
 from tooln1.run.trace import MEAN_PROMPT, MEAN_REPLY
 from tooln1.sampler.kv_cache import CUDA_MAX_NUM_SEQS, kv_bytes_per_token
@@ -58,12 +58,8 @@ def step_seconds(
     head = config.vocab_size * config.hidden_size
     in_layers = config.num_parameters - head * (1 if config.tie_word_embeddings else 2)
     prompts, rate = settings["prompts_per_step"] / gpus, given.peak * given.peak_share * 1e12  # of a GPU, as all below
-    moved = (
-        given.link_rate
-        if gpus <= given.gpus_per_node
-        else min(given.link_rate, given.gpus_per_node * given.network_rate)
-    )
-    gather = 2 * config.num_parameters * (1 - 1 / gpus) / (moved * 1e9)
+    between_nodes = given.gpus_per_node * given.network_rate if gpus > given.gpus_per_node else given.link_rate
+    gather = 2 * config.num_parameters * (1 - 1 / gpus) / min(given.link_rate, between_nodes) / 1e9
     replies, pairs = prompts * group * reply, prompt**2 / 2 + group * reply * (prompt + reply / 2)
     tokens = prompts * prompt + replies
     forward = 2 * (in_layers * (tokens + pair_cost(config) * prompts * pairs) + head * replies) / rate
@@ -71,21 +67,18 @@ def step_seconds(
     microbatches = minibatches * ceil(tokens / minibatches / settings["tokens_per_microbatch"])
     passes = with_reference + (settings["old_logprobs"] == "policy") * (1 - 1 / minibatches)
     gathers = 3 * minibatches if settings["accumulate_unsharded"] else 4 * microbatches  # a reduction counts as two
-    rows = min(
-        ceil(prompts * group), settings["max_num_seqs"] or CUDA_MAX_NUM_SEQS, int(cache / (prompt / group + reply))
-    )
-    steps = ceil(ceil(prompts * group) / max(1, rows)) * reply
+    sampled, at_most = ceil(prompts * group), settings["max_num_seqs"] or CUDA_MAX_NUM_SEQS
+    rows = max(1, min(sampled, at_most, int(cache / (prompt / group + reply))))
+    steps = ceil(sampled / rows) * reply
     read = 2 * config.num_parameters * steps + replies * (prompt + reply / 2) * kv_bytes_per_token(config, 2)
+    prefill = 2 * in_layers * prompts * (prompt + pair_cost(config) * prompt**2 / 2) / rate
+    decoding = max(read / given.memory_rate / 1e9, 2 * (in_layers + head) * replies / rate)
+    update = (3 + settings["activation_checkpointing"]) * forward
+    adam = minibatches * 28 * config.num_parameters / gpus / given.memory_rate / 1e9
     return {
-        "rollout": {
-            "prefill": 2 * in_layers * prompts * (prompt + pair_cost(config) * prompt**2 / 2) / rate,
-            f"{steps} decode steps of {rows} replies": max(
-                read / given.memory_rate / 1e9, 2 * (in_layers + head) * replies / rate
-            ),
-        },
+        "rollout": {"prefill": prefill, f"{steps} decode steps of {rows} replies": decoding},
         "log-probs": _longer(passes * forward, passes * microbatches * gather),
-        "update": _longer((3 + settings["activation_checkpointing"]) * forward, gathers * gather)
-        | {"AdamW": minibatches * 28 * config.num_parameters / gpus / given.memory_rate / 1e9},
+        "update": _longer(update, gathers * gather) | {"AdamW": adam},
         "weight copy": {"moving": gather},
     }
 
@@ -120,12 +113,13 @@ def main() -> None:
         print(f"  {phase:<12}{sum(parts.values()):8.1f}  {shown}")
     print(f"  {'in all':<12}{sum(sum(parts.values()) for parts in seconds.values()):8.1f}\n")
     for name, value in CHANGES.items():
-        if all(finding.level == "ok" for finding in fits_memory(needed, settings, there)):
+        if all(needed.total(place) <= there[place] for place in there):
             break
         if settings[name] != value:
             settings = settings | {name: value}
             needed = estimate(config, reference, settings, *limits)
-            print(f"changed to {name} = {value}:", *(f.text for f in fits_memory(needed, settings, there)))
+            sizes = (f"{format_bytes(needed.total(place))} on the {place}" for place in there)
+            print(f"changed to {name} = {value}: {', '.join(sizes)}")
     dist.destroy_process_group()
     report(findings, check=True)
 
