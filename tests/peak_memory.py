@@ -30,7 +30,7 @@ def main() -> None:
     cuda, scale = sys.argv[1] == "cuda", 8 if sys.argv[1] == "cuda" else 1
     model = parse_config({**CONFIG, **(LARGE if cuda else SMALL), "tie_word_embeddings": False})
     settings = asdict(Config(tokens_per_microbatch=1000 * scale, logprob_chunk_tokens=128 * scale))
-    settings["accumulate_unsharded"] = "accumulate" in sys.argv
+    settings |= {"accumulate_unsharded": "accumulate" in sys.argv, "check": True}
     settings["activation_checkpointing"] = "checkpointing" in sys.argv
     group = [Rollout(i // 5, i, [1] * 585, [2] * 83, [0.0] * 83, True) for i in range(5 * scale)]
 

@@ -16,7 +16,7 @@ from tooln1.data import Rollout
 from tooln1.io.model_config import parse_config
 from tooln1.lora import add_adapters
 from tooln1.model import random_model
-from tooln1.run import memory, plan
+from tooln1.run import memory, plan, trace
 from tooln1.run.memory import estimate, table
 from tooln1.run.setup import resolved
 from tooln1.sampler.kv_cache import kv_bytes_per_token
@@ -77,7 +77,8 @@ def test_counted_parts_are_the_bytes_of_real_tensors(changes):
         "gradients (fp32)": count_bytes(parameter.grad for parameter in model.parameters()),
         "Adam's moments (fp32)": count_bytes(moments),
     }
-    assert needed.total("host", ["counted"]) == 6 * count_bytes(model.parameters()) < needed.total("host")
+    assert needed.total("host", ["counted"]) == 6 * count_bytes(model.parameters())
+    assert needed.total("host") > 6 * count_bytes(model.parameters())
 
 
 def test_lora_has_one_copy_of_the_frozen_weights_on_one_process():
@@ -105,7 +106,7 @@ def test_the_cache_is_that_of_the_sampler():
     assert sizes(on_cpu(model.config))["KV cache"] == real  # 4 prompts x 5 replies x (24 + 8) tokens
 
 
-def test_qwen_7b_on_eight_gpus_by_hand():
+def test_qwen_7b_on_eight_gpus_by_hand(monkeypatch):
     model = parse_config(json.loads(shared("reference/configs/Qwen2.5-7B-Instruct/config.json").read_text()))
     size, tokens = 7_615_616_512, 30720
     settings = SETTINGS | {"tokens_per_microbatch": tokens, "activation_checkpointing": True}
@@ -115,6 +116,8 @@ def test_qwen_7b_on_eight_gpus_by_hand():
         return estimate(model, reference, settings | changes, places, 8, prompt=4096, reply=8192)
 
     with process_group(8):
+        traced = trace.passes(model, settings, cuda=True)
+        monkeypatch.setattr(trace, "passes", lambda *_: traced)  # which takes a second
         needed, alone = on_gpus(), on_gpus(reference=None, accumulate_unsharded=True)
         offloaded = on_gpus(offload_optimizer=True, offload_reference=True)
     counted = {
@@ -131,8 +134,8 @@ def test_qwen_7b_on_eight_gpus_by_hand():
     gathered, stream = "gathered weights, gradients", tokens * 3584 * 2  # bytes of the residual stream
     assert sizes(needed, "log-probs")[gathered] == 2 * tables + 2 * 2 * layer  # a block's, and what it is copied from
     in_blocks = 2 * tables + (2 + 2 + 4) * layer  # and the fp32 gradients of the block before
-    assert sizes(needed)[gathered] in (in_blocks, in_blocks - 4 * layer)
-    assert sizes(alone)[gathered] in (6 * size, 6 * size + 4 * layer)
+    assert sizes(needed)[gathered] == in_blocks
+    assert sizes(alone)[gathered] == 6 * size + 4 * layer  # all of them, and those being reduced
     assert 29 * stream < sizes(needed)["activations"] < 31 * stream  # a block's input each, the last norm's, replies
     # in a block the MLP's four tensors of 18,944 numbers a token, q, k, v, norms; at the head the fp32 gradient of it,
     # the logits of 1,024 tokens five times
@@ -209,6 +212,7 @@ def test_a_large_vocabulary_is_reduced_at_the_end():
 def test_a_plan_says_what_to_change(tmp_path, monkeypatch, capsys):
     model = tiny.write_model(tmp_path, vocab_size=100_000)
     options = ["--model", str(model), "--accumulate-unsharded", "on", "--prompts-per-step", "64", "--gpus", "4"]
+    options += ["--tokens-per-microbatch", "256", "--logprob-chunk-tokens", "64"]
 
     def run(*more):
         monkeypatch.setattr("sys.argv", ["plan", *options, "--prompts-per-minibatch", "32", *more])
@@ -216,10 +220,9 @@ def test_a_plan_says_what_to_change(tmp_path, monkeypatch, capsys):
 
     code, text = run("--gpu-memory", "80")
     assert code == 0 and "changed to" not in text and "decode steps of" in text
-    fitting = float(text.split("a process needs ")[1].split()[0])
-    code, text = run("--gpu-memory", "6")
+    code, text = run("--gpu-memory", "4")  # CUDA alone takes more
     assert code == 2 and text.index("accumulate_unsharded = False") < text.index("offload_optimizer = True")
-    assert fitting > 4
+    assert "tokens_per_microbatch = 8192" not in text
 
 
 def test_a_container_has_what_its_control_group_is_limited_to(tmp_path, monkeypatch):

@@ -80,7 +80,8 @@ def estimate(
     sharded = (cuda or processes > 1) and not one_copy
     own = trace.shards(config, settings, processes)
     trained = {name: shard for name, shard in own.items() if shard.requires_grad}
-    frozen = trace.shards(reference, settings | {"lora_rank": 0}, processes) if reference else {}
+    same = reference == config and not lora
+    frozen = own if same else trace.shards(reference, settings | {"lora_rank": 0}, processes) if reference else {}
     masters, kept_at = ("host" if settings[name] else device for name in ("offload_optimizer", "offload_reference"))
     weights = shard_bytes(trained, FP32, cuda and masters == "host")
     logprobs, update = pass_bytes(config, settings, cuda, processes if sharded else 0, own)
@@ -123,7 +124,9 @@ def pass_bytes(
     that they, or in the backward pass the next block's, were gathered in; there also the fp32 gradients of the block
     before, being reduced.
     """
-    logprobs, stored, at_head, in_blocks = trace.passes(config, settings, cuda)
+    # tracing takes seconds; on the CPU the cache is hardly ever limited, and only `--check` waits for it
+    measured = trace.passes(config, settings, cuda) if cuda or settings["check"] else [0] * 4
+    logprobs, stored, at_head, in_blocks = measured
     if not processes:
         return (0, logprobs), (0, stored, max(at_head, in_blocks) - stored)
     block = {name: shard for name, shard in shards.items() if name.startswith("model.layers.0.")}

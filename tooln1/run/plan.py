@@ -115,7 +115,7 @@ def main() -> None:
     for name, value in CHANGES.items():
         if all(needed.total(place) <= there[place] for place in there):
             break
-        if settings[name] != value:
+        if settings[name] != value and not 0 < settings[name] <= value:
             settings = settings | {name: value}
             needed = estimate(config, reference, settings, *limits)
             sizes = (f"{format_bytes(needed.total(place))} on the {place}" for place in there)
