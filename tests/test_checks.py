@@ -223,7 +223,12 @@ def test_the_schedule_must_have_work():
 
 
 def test_memory_of_the_gpu_and_of_the_host():
-    parts = (Part("weights", 100, "GPU"), Part("moments", 30, "host"), Part("activations", 60, "GPU", certain=False))
+    parts = (
+        Part("whole weights", "GPU", (90, 0, 0, 0)),
+        Part("weights", "GPU", (0, 100, 100, 100)),
+        Part("moments", "host", (0, 30, 30, 30)),
+        Part("activations", "GPU", (0, 0, 0, 60), "traced"),
+    )
     needed = Estimate(parts, 0)
 
     def against(gpu, host):

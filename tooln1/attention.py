@@ -101,7 +101,9 @@ def _bundles(segment: Segment, device: torch.device | str) -> list[Tensor]:
         runs[-1].append(length)
     masks = []
     for run in runs:
-        reply = torch.arange(len(run), device=device).repeat_interleave(torch.tensor(run, device=device))
+        reply = torch.arange(len(run), device=device).repeat_interleave(
+            torch.tensor(run, device=device), output_size=sum(run)
+        )
         own = (reply[:, None] == reply).tril()  # [n, n] causal within each reply
         masks.append(F.pad(own, (segment.prompt, 0), value=True))
     return masks

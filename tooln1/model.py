@@ -207,7 +207,7 @@ def sequence_logits(model: Transformer, ids: list[int]) -> Tensor:
 
 def read_config(path: str | Path) -> ModelConfig:
     """The configuration of a model directory or hub id."""
-    file = local_directory(path) / "config.json"
+    file = local_directory(path, CONFIG_FILES) / "config.json"
     return parse_config(parse_json(read_text(file), str(file), constants=True), str(file))
 
 

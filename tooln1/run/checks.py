@@ -51,15 +51,17 @@ def check_run(
     settings: those of the run by name, "auto" replaced. reference: config of the frozen model, None without one.
     """
 
+    prompt, reply = longest_prompt(tokenizer, examples, task), settings["max_reply_tokens"]
+    if settings["mode"] == "sft":
+        reply = max(len(tokenizer.encode(target_text(example))) for example in examples)
+    there = memory.available(world.device)
+    needed = memory.estimate(
+        config, reference, settings, there, world.size, prompt, reply
+    )  # on all ranks: FSDP2's mesh
+
     def check() -> None:
         if settings["tensorboard"]:
             tensorboard_writer()
-        prompt = longest_prompt(tokenizer, examples, task)
-        reply = settings["max_reply_tokens"]
-        if settings["mode"] == "sft":
-            reply = max(len(tokenizer.encode(target_text(example))) for example in examples)
-        there = memory.available(world.device)
-        needed = memory.estimate(config, reference, settings, there, world.size, prompt, reply)
         findings = [
             *schedule(len(examples), settings, world.size),
             *lengths(settings, config.raw.get("max_position_embeddings"), prompt, reply),
@@ -225,7 +227,7 @@ def fits_memory(
     for place, there in available.items():
         if not needed.total(place):
             continue
-        certain, total = needed.certain(place), needed.total(place)
+        certain, total = needed.total(place, ["counted"]), needed.total(place)
         sizes = [memory.format_bytes(size) for size in (total, certain, there)]
         text = "a process needs {}, {} of it certain; it has {} on the {place}".format(*sizes, place=place)
         if certain > there:

@@ -1,18 +1,13 @@
-"""An estimate of the memory of one training process, and the memory that the machine has.
+"""The memory of one training process by part and by phase, and the memory that the machine has.
 
-Certain are the parts that follow from a number of bytes per parameter: weights, gradients, Adam's moments, the copies.
-The others are estimated for a pass over T tokens; C, Q, K, I are the widths of the residual stream, all query heads,
-all key heads and the MLP, and b the bytes of a number in a pass (2 on CUDA, 4 on the CPU):
+    counted     from a number of bytes per parameter: weights, gradients, Adam's moments, copies; shards are FSDP2's own
+    traced      the passes of an update (trace.py)
+    formula     what FSDP2 gathers, from its shards and its schedule; CUDA's context, graphs and the logits of sampling,
+                a constant; prefill, taken to need what a log-prob pass does; the KV cache: half of what all other parts
+                leave in their largest phase, or less if the sampler cannot use it (sampler/kv_cache.py)
 
-    activations     stored for the backward pass: T (6C + 2Q + 4K + 4I) b per layer, 2 T (Q + K) b more where q and k
-                    have norms (Qwen3); T C b with activation checkpointing
-    working memory  the largest of: four fp32 copies of [logprob_chunk_tokens, V] and the gradient of the head; one
-                    layer's activations once more (twice with checkpointing), and two gathered layers and gradients;
-                    at the end the gradients of embedding and head. Beside them the gathered embedding and head
-    KV cache        half of what all other parts leave, or less if the sampler cannot use it (sampler/kv_cache.py)
-
-With LoRA on one process the frozen weights are also the reference and the sampling copy.
-The sampler is given what this estimate leaves, so that both plan the same cache. Not included: fragmentation.
+Gradients last from an update to the next one. With LoRA on one process the frozen weights are also the reference and
+the sampling copy. The sampler is given what this leaves, so that both plan the same cache. Not included: fragmentation.
 """
 
 from __future__ import annotations
@@ -24,45 +19,51 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import tooln1.sampler.kv_cache as kv_cache
 from tooln1.io.model_config import ModelConfig
-from tooln1.lora import add_adapters, trained_parameters
-from tooln1.model import Transformer
+from tooln1.lora import trained_parameters
+from tooln1.run import trace
 
 FP32 = 4
+PHASES = ("load", "rollout", "log-probs", "update")
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 # the settings that memory depends on: in sampling, in the passes of an update, and for the weights
 ROLLOUT_SETTINGS = ("max_num_seqs", "rollout_cache_tokens", "max_reply_tokens")
 PASS_SETTINGS = ("tokens_per_microbatch", "logprob_chunk_tokens", "activation_checkpointing")
 KERNEL_SETTINGS = ("rollout_decode", "update_attention")
-WEIGHT_SETTINGS = ("accumulate_unsharded", "kl", "offload_reference", "offload_optimizer")
+WEIGHT_SETTINGS = (
+    "accumulate_unsharded",
+    "kl",
+    "sharding",
+    "sampler_weights",
+    "offload_reference",
+    "offload_optimizer",
+)
 
 
 class Part(NamedTuple):
     """One part of a process's memory."""
 
     name: str
-    bytes: int
     place: str  # "GPU" or "host"
-    certain: bool = True  # False: estimated
+    phases: tuple[int, ...]  # bytes in each of PHASES
+    source: str = "counted"  # or "traced", "formula"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The memory of one process at its peak."""
+    """The memory of one process."""
 
     parts: tuple[Part, ...]
     free_bytes: int  # what all parts but the KV cache leave on the device
 
-    def certain(self, place: str) -> int:
-        """Bytes that are needed in any case on the "GPU" or the "host"."""
-        return sum(part.bytes for part in self.parts if part.certain and part.place == place)
-
-    def total(self, place: str) -> int:
-        """Bytes including the estimated parts."""
-        return sum(part.bytes for part in self.parts if part.place == place)
+    def total(self, place: str, sources: Iterable[str] = ("counted", "traced", "formula")) -> int:
+        """Bytes of the parts from these sources on the "GPU" or the "host", in the phase that needs most."""
+        phases = [part.phases for part in self.parts if part.place == place and part.source in sources]
+        return max(map(sum, zip(*phases, strict=True)), default=0)
 
 
 def estimate(
@@ -74,62 +75,85 @@ def estimate(
     prompt: int,
     reply: int,
 ) -> Estimate:
-    """The memory of one of `processes` that train a model of this config.
+    """The memory of one of `processes`, the default process group's, that train a model of this config.
 
     reference: config of the frozen model, None without one. settings: those of the run by name, "auto" replaced.
     available: bytes by place, as `available` gives them. prompt, reply: the longest ones, in tokens.
     """
     cuda, device = "GPU" in available, next(iter(available))
     number = 2 if cuda else FP32  # bytes of a number in passes and copies
-    lora, trained = settings["lora_rank"] > 0, num_trained(config, settings)
+    lora = settings["lora_rank"] > 0
     one_copy = lora and processes == 1
     sharded = (cuda or processes > 1) and not one_copy
-    size, frozen = config.num_parameters, reference.num_parameters if reference else 0
+    own = trace.shards(config, settings, processes)
     shards = int(os.environ.get("LOCAL_WORLD_SIZE", processes)) if settings["sharding"] == "hybrid" else processes
-    shard = -(-trained // shards)
-    unsharded = number * size + FP32 * trained if settings["accumulate_unsharded"] and sharded else 0
-    masters = "host" if settings["offload_optimizer"] else device
-    weights, kept = FP32 * shard, number * -(-frozen // shards)
-    if cuda and settings["offload_optimizer"]:
-        weights = pinned_bytes(config, FP32, shards)
-    if cuda and settings["offload_reference"] and reference:
-        kept = pinned_bytes(reference, number, shards)
-    activations, working = pass_bytes(config, settings, number, shards if sharded else 0)
-    copy = number * size * (not one_copy)
-    if settings["sampler_weights"] == "release":  # the passes use its memory, and count below
-        copy = max(0, copy - unsharded - activations - working)
+    trained = {name: shard for name, shard in own.items() if shard.requires_grad}
+    same = reference == config and not lora
+    frozen = own if same else trace.shards(reference, settings | {"lora_rank": 0}, processes) if reference else {}
+    masters, kept_at = ("host" if settings[name] else device for name in ("offload_optimizer", "offload_reference"))
+    weights = shard_bytes(trained, FP32, cuda and masters == "host")
+    logprobs, update = pass_bytes(config, settings, cuda, shards if sharded else 0, own)
+    adam, base = 2 * shard_bytes(trained, FP32), shard_bytes(own, number) - shard_bytes(trained, number)
+    kept = shard_bytes(frozen, number, cuda and kept_at == "host")
+    copy = number * config.num_parameters * (not one_copy)
+    in_passes = 0 if settings["sampler_weights"] == "release" else copy
     parts = [
-        Part("frozen weights", number * -(-size // shards) * lora, device),
-        Part("weights (fp32)", weights, masters),
-        Part("gradients (fp32)", weights, masters),
-        Part("Adam's moments (fp32)", 2 * FP32 * shard, masters),
-        Part("reference", kept, "host" if settings["offload_reference"] else device),
-        Part("sampling copy", copy, device),
-        Part("unsharded weights and gradients", unsharded, device),
-        Part("activations", activations, device, certain=False),
-        Part("working memory", working, device, certain=False),
-        Part("CUDA context, graphs, sampling", kv_cache.CUDA_RESERVE * cuda, device, certain=False),
+        Part("frozen weights", device, (base,) * 4),
+        Part("weights (fp32)", masters, (weights,) * 4),
+        Part("gradients (fp32)", masters, (0, weights, weights, weights)),
+        Part("Adam's moments (fp32)", masters, (0, adam, adam, adam)),
+        Part("reference", kept_at, (kept,) * 4),
+        Part("sampling copy", device, (copy, copy, in_passes, in_passes)),
+        Part("gathered weights, gradients", device, (0, 0, logprobs[0], update[0]), "formula"),
+        Part("activations", device, (0, 0, 0, update[1]), "traced"),
+        Part("working memory", device, (0, logprobs[1], logprobs[1], update[2]), "traced"),
+        Part("CUDA context, graphs, sampling", device, (kv_cache.CUDA_RESERVE * cuda,) * 4, "formula"),
     ]
-    free = max(0, available[device] - sum(part.bytes for part in parts if part.place == device))
+    free = max(0, available[device] - Estimate(tuple(parts), 0).total(device))
     cache = cache_bytes(config, settings, cuda, processes, (prompt, reply), free)
-    parts.append(Part("KV cache", cache, device, certain=cuda and settings["rollout_cache_tokens"] > 0))
-    return Estimate(tuple(part for part in parts if part.bytes), free)
+    source = "counted" if cuda and settings["rollout_cache_tokens"] else "formula"
+    parts.append(Part("KV cache", device, (0, cache, cache, cache), source))
+    return Estimate(tuple(part for part in parts if any(part.phases)), free)
+
+
+def shard_bytes(shards: Mapping[str, Tensor], number: int, pinned: bool = False) -> int:
+    """Bytes of shards, `number` bytes each number; in pinned memory, which comes in powers of two."""
+    sizes = [number * shard.numel() for shard in shards.values()]
+    return sum(1 << (size - 1).bit_length() if pinned else size for size in sizes)
+
+
+def pass_bytes(
+    config: ModelConfig, settings: Mapping[str, Any], cuda: bool, processes: int, shards: Mapping[str, Tensor]
+) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """Bytes in a log-prob pass, (gathered, working), and in an update, (gathered, activations, working).
+
+    processes: that share the shards, 0 without FSDP2. With it a pass holds the weights outside the blocks, those of a
+    block, and the buffer that they, or in the backward pass the next block's, were gathered in; there also the fp32
+    gradients of the block before, being reduced.
+    """
+    # tracing takes seconds; on the CPU the cache is hardly ever limited, and only `--check` waits for it
+    measured = trace.passes(config, settings, cuda) if cuda or settings["check"] else [0] * 4
+    logprobs, stored, at_head, in_blocks = measured
+    if not processes:
+        return (0, logprobs), (0, stored, max(at_head, in_blocks) - stored)
+    block = {name: shard for name, shard in shards.items() if name.startswith("model.layers.0.")}
+    rest = {name: shard for name, shard in shards.items() if not name.startswith("model.layers.")}
+    whole, root = (processes * shard_bytes(group, 2 if cuda else FP32) for group in (block, rest))
+    # in fp32; with LoRA only adapters in the blocks have some
+    gradients = processes * FP32 * sum(shard.numel() for shard in block.values() if shard.requires_grad)
+    root_gradients = 0 if settings["lora_rank"] else processes * shard_bytes(rest, FP32)
+    gathered = held = root + whole * (2 if processes > 1 else 1)
+    if settings["accumulate_unsharded"]:
+        held = root + root_gradients + config.num_hidden_layers * (whole + gradients)
+    # at the end gradients outside the blocks are reduced; a single process divides them by 1 into a second copy
+    at_end = bool(root_gradients) * root + root_gradients * (2 if processes == 1 else 1)
+    update = [(held, stored, at_head - stored), (held + gradients, stored, in_blocks - stored), (at_end, 0, 0)]
+    return (gathered, logprobs), max(update, key=sum)
 
 
 def num_trained(config: ModelConfig, settings: Mapping[str, Any]) -> int:
     """Number of parameters that a run trains: all, or those of LoRA's adapters."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    if settings["lora_rank"]:
-        add_adapters(model, settings["lora_rank"], 1.0, settings["lora_targets"].split(","), seed=0)
-    return sum(parameter.numel() for parameter in trained_parameters(model).values())
-
-
-def pinned_bytes(config: ModelConfig, number: int, processes: int) -> int:
-    """Bytes of a process's shards of all weights in pinned memory, which comes in powers of two."""
-    with torch.device("meta"):
-        shards = [-(-weight.numel() // processes) for weight in Transformer(config).parameters()]
-    return sum(1 << (number * shard - 1).bit_length() for shard in shards)
+    return sum(weight.numel() for weight in trained_parameters(trace.meta_model(config, settings)).values())
 
 
 def cache_bytes(
@@ -146,41 +170,20 @@ def cache_bytes(
     return kv_cache.kv_bytes_per_token(config, element_size) * blocks * block_size
 
 
-def pass_bytes(config: ModelConfig, settings: Mapping[str, Any], number: int, shards: int) -> tuple[int, int]:
-    """(bytes of the stored activations, bytes of the working memory) of a forward and backward pass.
-
-    number: bytes of a number in the pass. shards: processes that the weights are sharded over, 0 without FSDP2.
-    """
-    tokens, checkpointing = settings["tokens_per_microbatch"], settings["activation_checkpointing"]
-    queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    # both norms' and the projections' inputs, q, k and v (twice), the MLP's; the norms' of q and k
-    width = 6 * config.hidden_size + 2 * queries + 4 * keys + 4 * config.intermediate_size
-    layer = tokens * number * (width + 2 * (queries + keys) * config.qk_norm)
-    stored = config.num_hidden_layers * (tokens * number * config.hidden_size if checkpointing else layer)
-    table = config.vocab_size * config.hidden_size
-    tables = table if config.tie_word_embeddings else 2 * table
-    layer_size = (config.num_parameters - tables) // config.num_hidden_layers
-    gradient = 0 if settings["lora_rank"] else number + FP32  # bytes of a weight's, which is reduced in fp32
-    at_head = 4 * FP32 * settings["logprob_chunk_tokens"] * config.vocab_size + gradient * table
-    in_layers = layer * (2 if checkpointing else 1)
-    if not shards:
-        return stored, max(at_head, in_layers)
-    in_layers += 2 * (number + gradient) * layer_size
-    at_end = (gradient + FP32 * (shards == 1)) * tables  # a single process divides by 1 into a second fp32 copy
-    return stored, max(at_head, in_layers, at_end - stored) + number * tables
-
-
 def with_values(names: Iterable[str], settings: Mapping[str, Any]) -> str:
     """Settings and their values for a message: "kl (k3), offload_reference (False)"."""
     return ", ".join(f"{name} ({settings[name]})" for name in names)
 
 
 def table(needed: Estimate) -> str:
-    """The parts of an estimate, one line each."""
-    return "\n".join(
-        f"  {part.name:<32}{format_bytes(part.bytes):>9}  {part.place}{'' if part.certain else ', estimated'}"
-        for part in needed.parts
-    )
+    """The parts of an estimate by phase, one line each, and their sums."""
+    rows = [("", *PHASES, "")]
+    for place in sorted({part.place for part in needed.parts}):
+        there = [part for part in needed.parts if part.place == place]
+        sums = tuple(map(sum, zip(*(part.phases for part in there), strict=True)))
+        for name, _, phases, source in (*there, Part(f"on the {place}", place, sums, "")):
+            rows.append((name, *(format_bytes(size) if size else "" for size in phases), source))
+    return "\n".join("  {:<32}{:>12}{:>12}{:>12}{:>12}  {}".format(*row).rstrip() for row in rows)
 
 
 def format_bytes(count: float) -> str:
