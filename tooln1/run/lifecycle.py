@@ -131,9 +131,7 @@ def evaluate_if_due(run: Run) -> None:
     if run.benchmarks and due and run.world.broadcast(missing):
         metrics = metrics_of_step(run, step - 1)
         with metrics.timer("eval"):
-            copy_weights(run.policy, run.sampler.model)
             metrics.add_means({name: (value, 1) for name, value in evaluate(run).items()})
-            release_weights(run)
         values = metrics.reduced(run.world.gather)
         if run.log:
             run.log.step(step, values)
@@ -146,12 +144,14 @@ def evaluate(run: Run) -> dict[str, float]:
     """
     generation = GenerationConfig(think=run.config.think, max_reply_tokens=run.config.max_reply_tokens)
     stop, found = {"should_stop": run.stop_request.asked, "check": run.stop_request.check}, {}
+    copy_weights(run.policy, run.sampler.model)
     for benchmark in run.benchmarks:
         predictions = {}
         for new in generate_predictions(benchmark, run.sampler, run.tokenizer, run.world, generation, **stop):
             predictions |= new
         score = partial(totals_by_log_name, benchmark, predictions, generation.think)
         found |= run.world.run_on_all_ranks(score, "the evaluation")
+    release_weights(run)
     if "heldout_overall" in found:
         found["heldout_accuracy"] = found.pop("heldout_overall")
     return found
