@@ -96,6 +96,7 @@ def figure(runs: dict[str, Run]) -> Any:
     for (title, metrics), axis in zip(PANELS.items(), drawing.subplots(2, 3).flat, strict=True):
         axis.set_title(title, loc="left", fontsize=10)
         axis.grid(axis="y", alpha=0.4)
+        axis.set_visible(any(series(run, metrics)[0] for run in runs.values()))
         for number, (name, run) in enumerate(runs.items()):
             steps, values = series(run, metrics)
             window = 1 if title.startswith("Held-out") else len(values) // 20 * 2 + 1

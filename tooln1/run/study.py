@@ -178,7 +178,10 @@ def main() -> None:
         return
     for name, *arguments in study.prepare:
         if not (Path(arguments[-1]) / PREPARE[name]).exists():
-            run([sys.executable, *([name] if name == "eval.py" else ["-m", name]), *arguments])
+            command = [sys.executable, *([name] if name == "eval.py" else ["-m", name]), *arguments]
+            if options.job is not None:  # several jobs may run at once
+                raise UserError(f"the data is missing; first run {shlex.join(command)}")
+            run(command)
     for number, job in enumerate(jobs):
         if options.job in (None, number) and not job.is_done():
             print(f"\njob {number + 1} of {len(jobs)}: {job.arm.name}")
@@ -188,10 +191,9 @@ def main() -> None:
         file.write(markdown(study, jobs))
     print(f"\n{markdown(study, jobs)}\nwritten: {out}/table.md")
     if importlib.util.find_spec("matplotlib"):
-        arms = {
-            arm.name: [job for job in jobs if job.arm is arm and job.configs and job.scores()] for arm in study.arms
-        }
-        figure({name: mean_run(mine) for name, mine in arms.items() if mine}).savefig(out / "curves.png", dpi=160)
+        trained = [job for job in jobs if job.configs and job.configs[-1].mode == "rl" and job.scores()]
+        arms = {arm.name: [job for job in trained if job.arm is arm] for arm in study.arms}
+        figure({name: mean_run(mine) for name, mine in arms.items() if mine}).savefig(out / "curves.png", dpi=100)
 
 
 if __name__ == "__main__":
