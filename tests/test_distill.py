@@ -65,6 +65,11 @@ def right(example, thought="It adds."):
     return 200, {}, {"content": format_reply(example.answer, thought)}
 
 
+def cut_off(example):
+    message = {"content": format_reply(example.answer, "It adds.")}
+    return json.dumps({"choices": [{"message": message, "finish_reason": "length"}]})
+
+
 def run(*arguments):
     return exit_code(lambda: distill.main([*map(str, arguments)]))
 
@@ -85,7 +90,7 @@ def test_right_replies_are_kept_and_the_others_counted(teacher, data, capsys):
         "tiny-2": [(200, {}, {"content": f"It adds.</think> {calls[2]}"})],  # <think> is in the template
         "tiny-3": [(200, {}, "no JSON"), (200, {}, '{"choices": []}')],
         "tiny-4": [(200, {}, {"content": None, "reasoning_content": "It"}), (200, {}, "[1]")],
-        "tiny-5": [(200, {}, {"content": calls[5]}), (200, {}, {"content": wrong})],
+        "tiny-5": [(200, {}, {"content": calls[5]}), (200, {}, cut_off(e[5]))],
         "tiny-6": [(200, {}, {"content": f"<think>\\ud83d</think>{calls[6]}".encode().decode("unicode_escape")})] * 2,
         "tiny-7": [(200, {}, {"content": calls[7], "reasoning": "It adds."})],  # vLLM
     }
@@ -101,17 +106,18 @@ def test_right_replies_are_kept_and_the_others_counted(teacher, data, capsys):
     assert all(REWARDS["binary"](example.reply, example.answer) == 1 for example in kept)
     report = json.loads((data.parent / "out" / "report.json").read_text())
     assert (report["asked"], report["kept"], report["share_kept"]) == (8, 4, 0.5)
-    assert report["rejected"] == {"no_call_block": 3, "wrong_arguments": 1}
+    assert report["rejected"] == {"no_call_block": 4}
     assert capsys.readouterr().out == "kept 4 of 8 examples (50.0%)\n"
 
 
 def test_a_busy_endpoint_is_asked_again(teacher, data):
     teacher.script["tiny-0"] = [(429, {"Retry-After": "7"}, "wait"), right(EXAMPLES[0])]
+    teacher.script["tiny-4"] = [(422, {}, "too long"), right(EXAMPLES[4])]  # of this prompt alone
     teacher.script["tiny-2"] = [(500, {}, ""), (503, {"Retry-After": "soon"}, ""), (0, {}, ""), right(EXAMPLES[2])]
     assert run(*asked(teacher, data, "--source", "s0")) == 0
     kept = read_examples(data.parent / "out" / "traces.jsonl")
-    assert [example.id for example in kept] == ["tiny-0", "tiny-2", "tiny-4", "tiny-6"]
-    assert sorted(teacher.pauses) == [1, 2, 4, 7] and len(teacher.requests) == 2 + 4 + 1 + 1
+    assert [example.id for example in kept] == ["tiny-0", "tiny-2", "tiny-6"]
+    assert sorted(filter(None, teacher.pauses)) == [1, 2, 4, 7] and len(teacher.requests) == 2 + 4 + 1 + 1
 
 
 @pytest.mark.parametrize(("answer", "requests"), [((401, {}, f"the key {KEY} is\nunknown"), 1), ((502, {}, KEY), 8)])
@@ -120,6 +126,7 @@ def test_an_endpoint_that_refuses_ends_in_a_sentence_without_the_key(teacher, da
     assert run(*asked(teacher, data, "--concurrency", 1)) == 2
     printed = "".join(capsys.readouterr())
     first = [body for *_, body in teacher.requests if body["messages"] == build_messages(EXAMPLES[0])]
+    assert [pause for pause in teacher.pauses if pause] == [1, 2, 4, 8, 16, 32, 64][: requests - 1]
     assert len(first) == requests and f"/v1/chat/completions gives no reply: {answer[0]}" in printed
     assert printed.count("error: ") == 1 and "Traceback" not in printed and ("is unknown" in printed) == (requests == 1)
     teacher.script = {example.id: [right(example)] for example in EXAMPLES}
@@ -136,10 +143,12 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(teacher, data, t
     assert run(*arguments) == 0
     undisturbed = [(out / name).read_bytes() for name in files]
     lines = (out / "predictions.jsonl").read_text().splitlines(keepends=True)
-    known = {json.loads(line)["id"] for line in lines[:4]}
+    rows = [json.loads(line) for line in lines]
+    torn = next(i for i in range(2, 16) if rows[i]["sample"] == 1)  # the second reply of an example
+    known = {row["id"] for row in rows[: torn - 1]}
     for name in files:
         (out / name).unlink()
-    (out / "predictions.jsonl").write_text("".join(lines[:4]) + lines[4][:-20])  # some examples, and a torn line
+    (out / "predictions.jsonl").write_text("".join(lines[:torn]) + lines[torn][:-20])
     teacher.script, teacher.requests = {name: [*answers] for name, answers in whole.items()}, []
     assert run(*arguments) == 0
     assert [(out / name).read_bytes() for name in files] == undisturbed and len(teacher.requests) == 2 * (
@@ -152,7 +161,7 @@ def test_replies_of_another_teacher_are_refused(teacher, data, capsys):
     assert run(*asked(teacher, data)) == 0
     before = {path: path.read_bytes() for path in (data.parent / "out").iterdir()}
     assert run(*asked(teacher, data, "--teacher-model", "other")) == 2
-    assert "holds replies of r1; choose another --out for other" in capsys.readouterr().err
+    assert "holds replies of r1 at temperature 0.6; choose another --out for other" in capsys.readouterr().err
     assert len(teacher.requests) == 8
     assert {path: path.read_bytes() for path in (data.parent / "out").iterdir()} == before
 

@@ -15,6 +15,7 @@ import argparse
 import http.client
 import json
 import os
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -70,22 +71,25 @@ def distill(options: argparse.Namespace) -> dict:
 def ask(examples: Sequence[Example], file: Path, options: argparse.Namespace) -> None:
     """Append the endpoint's replies to the predictions in `file`: for each example up to a right one."""
     before = read_jsonl(file) if file.exists() else []  # without a line that a kill tore
-    if others := {row["teacher"] for row in before} - {options.teacher_model}:
-        raise UserError(f"{file} holds replies of {others.pop()}; choose another --out for {options.teacher_model}.")
-    done = {row["id"] for row in before}
+    teacher = f"{options.teacher_model} at temperature {options.temperature:g}"
+    if others := {row["teacher"] for row in before} - {teacher}:
+        raise UserError(f"{file} holds replies of {others.pop()}; choose another --out for {teacher}.")
+    answers = {example.id: example.answer for example in examples}
+    done = {row["id"] for row in before if fault_of(row["completion"], answers.get(row["id"], [])) == "none"}
+    done |= {name for name, count in Counter(row["id"] for row in before).items() if count >= options.samples}
     left = [example for example in examples if example.id not in done]
 
     def answered(example: Example) -> list[dict]:
         rows = []
         for sample in range(options.samples):
-            rows.append({"id": example.id, "sample": sample, "teacher": options.teacher_model})
+            rows.append({"id": example.id, "sample": sample, "teacher": teacher})
             rows[-1]["completion"] = complete(example, options)
             if fault_of(rows[-1]["completion"], example.answer) == "none":
                 break
         return rows
 
     with atomic_write(file) as opened:
-        opened.writelines(json.dumps(row) + "\n" for row in before)
+        opened.writelines(json.dumps(row) + "\n" for row in before if row["id"] in done)
     with open(file, "a", encoding="utf-8") as opened, ThreadPool(options.concurrency) as pool:
         for rows in tqdm(pool.imap_unordered(answered, left), "teacher", len(left), unit=" examples", disable=None):
             opened.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -98,7 +102,8 @@ def complete(example: Example, options: argparse.Namespace) -> str:
     body |= {"temperature": options.temperature, "max_tokens": options.max_reply_tokens}
     answer = post(f"{options.endpoint.rstrip('/')}/chat/completions", body)
     try:
-        message = json.loads(answer)["choices"][0]["message"]
+        choice = json.loads(answer)["choices"][0]
+        message = choice["message"]
         thought = message.get("reasoning_content") or message.get("reasoning")  # the names of DeepSeek and vLLM
         reply = message["content"]
         if thought and THINK_OPEN not in reply:
@@ -107,7 +112,7 @@ def complete(example: Example, options: argparse.Namespace) -> str:
             reply = THINK_OPEN + reply  # which the teacher's chat template wrote
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return ""
-    return reply if is_storable(reply) else ""
+    return reply if is_storable(reply) and choice.get("finish_reason") != "length" else ""
 
 
 def post(url: str, body: dict) -> bytes:
@@ -115,7 +120,9 @@ def post(url: str, body: dict) -> bytes:
     key = "".join(os.environ.get("OPENAI_API_KEY", "").split())  # http.client quotes one with a line break
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     request.add_unredirected_header("Authorization", f"Bearer {key}")
+    wait = 0
     for attempt in range(ATTEMPTS):
+        time.sleep(wait)
         wait = 2**attempt
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
@@ -124,11 +131,13 @@ def post(url: str, body: dict) -> bytes:
             reason, after = f"{error.code} {error.reason}", error.headers.get("Retry-After", "")
             if error.code != 429 and error.code < 500:
                 reason += ": " + " ".join(error.read().decode(errors="replace").replace(key or "\n", "...").split())
+                if error.code in (413, 422):  # too long, or refused for what it says: of this prompt alone
+                    tqdm.write(f"no reply: {reason[:300]}", sys.stderr)
+                    return b""
                 break
-            wait = int(after) if after.isdecimal() else wait
+            wait = min(int(after), TIMEOUT) if after.isdecimal() else wait
         except (OSError, http.client.HTTPException) as error:
             reason = str(error)
-        time.sleep(wait)
     raise UserError(f"{url} gives no reply: {reason[:300]}. Put that right, and the same command goes on.")
 
 

@@ -7,7 +7,7 @@ import re
 from tooln1.data import Example
 from tooln1.io.errors import UserError
 
-IRRELEVANT = "-irrelevant"  # suffix of the ids that convert.add_irrelevance makes
+IRRELEVANT = "-irrelevant"  # suffix of the ids that augment.add_irrelevance makes
 
 
 def split(examples: list[Example], seed: int, held_out: float = 0.1) -> tuple[list[Example], list[Example]]:

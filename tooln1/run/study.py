@@ -63,16 +63,20 @@ class Job:
     arm: Arm
     configs: list[Config]  # of the stages
     commands: list[list[str]]
-    results: Path
+    folder: Path
+
+    def recipe(self) -> list[str]:
+        """What the results depend on, which done.json holds when the job is done."""
+        evaluation = self.commands[-1]
+        return [*map(recorded_settings, self.configs), shlex.join(evaluation[evaluation.index("eval.py") :])]
 
     def is_done(self) -> bool:
-        """Whether the results are there, and the runs' recorded settings are those of the study."""
-        recorded = {Path(config.run_dir, "config.toml"): recorded_settings(config) for config in self.configs}
-        return self.results.exists() and all(file.exists() and read_text(file) == recorded[file] for file in recorded)
+        file = self.folder / "done.json"
+        return file.exists() and json.loads(read_text(file)) == self.recipe()
 
     def scores(self) -> dict[str, float]:
-        """The totals of the benchmarks in per cent; {} before the evaluation."""
-        found = json.loads(self.results.read_text(encoding="utf-8"))["benchmarks"] if self.results.exists() else {}
+        """The totals of the benchmarks in per cent; {} before the job is done."""
+        found = json.loads(read_text(self.folder / "eval" / "results.json"))["benchmarks"] if self.is_done() else {}
         return {
             f"{bench}: {name}": 100 * total["accuracy"]
             for bench, result in found.items()
@@ -117,7 +121,7 @@ def make_job(study: Study, arm: Arm, seed: int, folder: Path) -> Job:
         model = f"{run_dir}/hf"
     think = ["--no-think"] if configs and not configs[-1].think else []
     commands.append([*start, "eval.py", "--model", model, *study.eval, *think, "--out", str(folder / "eval")])
-    return Job(arm, configs, commands, folder / "eval" / "results.json")
+    return Job(arm, configs, commands, folder)
 
 
 def run(command: list[str]) -> None:
@@ -173,20 +177,30 @@ def main() -> None:
     study = read_study(options.study)
     out = options.out or Path("runs/studies") / options.study.stem
     jobs = jobs_of(study, out)
+    missing = [
+        [sys.executable, *([name] if name == "eval.py" else ["-m", name]), *arguments]
+        for name, *arguments in study.prepare
+        if not (Path(arguments[-1]) / PREPARE[name]).exists()
+    ]
     if options.print:
+        print(*(f"# first: {shlex.join(command)}" for command in missing), sep="\n")
         print(*(" && ".join(map(shlex.join, job.commands)) for job in jobs), sep="\n")
         return
-    for name, *arguments in study.prepare:
-        if not (Path(arguments[-1]) / PREPARE[name]).exists():
-            command = [sys.executable, *([name] if name == "eval.py" else ["-m", name]), *arguments]
-            if options.job is not None:  # several jobs may run at once
-                raise UserError(f"the data is missing; first run {shlex.join(command)}")
-            run(command)
-    for number, job in enumerate(jobs):
-        if options.job in (None, number) and not job.is_done():
-            print(f"\njob {number + 1} of {len(jobs)}: {job.arm.name}")
+    if options.job is not None:  # of several at once, perhaps
+        if missing or not 0 <= options.job < len(jobs):
+            raise UserError(f"--job takes 0 to {len(jobs) - 1}, and the data that --print says to prepare first.")
+        jobs = jobs[options.job :][:1]
+    for command in missing:
+        run(command)
+    for job in jobs:
+        if not job.is_done():
+            print(f"\n{job.folder}")
             for command in job.commands:
                 run(command)
+            with atomic_write(job.folder / "done.json") as file:
+                json.dump(job.recipe(), file)
+    if options.job is not None:
+        return
     with atomic_write(out / "table.md") as file:
         file.write(markdown(study, jobs))
     print(f"\n{markdown(study, jobs)}\nwritten: {out}/table.md")
