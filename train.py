@@ -8,8 +8,6 @@
 `rl_step`, below, is one step of the whole algorithm; the equations are in tooln1/grpo.py.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace

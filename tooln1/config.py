@@ -4,8 +4,6 @@ A later source overrides an earlier one: the defaults in `Config`, the preset th
 preset itself, the command line. Only train.py, eval.py and run/ see `Config`.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import json

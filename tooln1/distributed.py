@@ -5,8 +5,6 @@ computes in fp32. Everything else is FSDP2 with fp32 master weights: bf16 comput
 throughout on CPU.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -3,8 +3,6 @@
 Each check yields findings: an "error" stops the run, a "warning" is printed, "ok" says what was found.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

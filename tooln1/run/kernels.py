@@ -7,8 +7,6 @@ update_attention   flex       FlexAttention over the packed stream
                    sdpa       plain attention, a few calls for each prompt; the CPU's
 """
 
-from __future__ import annotations
-
 import gc
 import sys
 from collections.abc import Callable

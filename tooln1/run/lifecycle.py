@@ -1,7 +1,5 @@
 """The life of a run: open or resume, log, save, evaluate, stop, export."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

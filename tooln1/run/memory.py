@@ -10,8 +10,6 @@ Gradients last from an update to the next one. With LoRA on one process the froz
 the sampling copy. The sampler is given what this leaves, so that both plan the same cache. Not included: fragmentation.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -9,8 +9,6 @@ update is 3 forward passes, 4 with activation_checkpointing, and AdamW moves 28 
 unequal lengths and shares, offloading, evaluation, checkpoints.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Metrics of the replies of a step: rewards, lengths, and the sampler's work."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Whether all processes of a job run the same: nodes may hold other copies of the code, the packages or the files."""
 
-from __future__ import annotations
-
 import hashlib
 import socket
 from collections import Counter, defaultdict

@@ -1,7 +1,5 @@
 """What a run holds, and how it is put together from its settings: data, tokenizer, models, sampler, optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial

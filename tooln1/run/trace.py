@@ -7,8 +7,6 @@ Two kernels of CUDA, which fake tensors on the CPU do not reach, have stand-ins 
 LayerNorm for the fused RMSNorm, causal attention over the whole stream for FlexAttention.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace

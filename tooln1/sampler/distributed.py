@@ -1,7 +1,5 @@
 """Data-parallel sampling: prompts distributed over ranks by expected cost, all rollouts on every rank afterwards."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

@@ -8,8 +8,6 @@ A prompt is computed once per group and its blocks are shared. A sampled token d
 position), so a reply does not depend on the batch it was sampled in, on the rank, the blocks or the order.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 import os
