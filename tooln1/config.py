@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 from tooln1.grpo import ADVANTAGES, AGGREGATIONS, KL_ESTIMATES, POLICY_LOSSES, SAMPLER_CORRECTIONS
 from tooln1.io.errors import UserError
+from tooln1.io.jsonl import read_text
 from tooln1.lora import TARGETS
 from tooln1.rewards import REWARDS
 
@@ -199,10 +200,9 @@ def read_preset(path: str | Path) -> dict[str, Any]:
     Settings stand at the top or in sections, whose names are free.
     """
     path = Path(path)
+    text = read_text(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"cannot read the preset {path}: {error.strerror}.") from None
+        table = tomllib.loads(text)
     except ValueError as error:
         raise UserError(f"{path} is not valid TOML: {error}.") from None
     base = table.pop("base", None)

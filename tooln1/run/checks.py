@@ -48,14 +48,12 @@ def check_run(
 
     settings: those of the run by name, "auto" replaced. reference: config of the frozen model, None without one.
     """
-
     prompt, reply = longest_prompt(tokenizer, examples, task), settings["max_reply_tokens"]
     if settings["mode"] == "sft":
         reply = max(len(tokenizer.encode(target_text(example))) for example in examples)
     there = memory.available(world.device)
-    needed = memory.estimate(
-        config, reference, settings, there, world.size, prompt, reply
-    )  # on all ranks: FSDP2's mesh
+    # on all ranks, because FSDP2 makes a mesh of them
+    needed = memory.estimate(config, reference, settings, there, world.size, prompt, reply)
 
     def check() -> None:
         if settings["tensorboard"]:

@@ -30,16 +30,9 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 # the settings that memory depends on: in sampling, in the passes of an update, and for the weights
 ROLLOUT_SETTINGS = ("max_num_seqs", "rollout_cache_tokens", "max_reply_tokens")
-PASS_SETTINGS = ("tokens_per_microbatch", "logprob_chunk_tokens", "activation_checkpointing")
+PASS_SETTINGS = ("tokens_per_microbatch", "logprob_chunk_tokens", "activation_checkpointing", "accumulate_unsharded")
 KERNEL_SETTINGS = ("rollout_decode", "update_attention")
-WEIGHT_SETTINGS = (
-    "accumulate_unsharded",
-    "kl",
-    "sharding",
-    "sampler_weights",
-    "offload_reference",
-    "offload_optimizer",
-)
+WEIGHT_SETTINGS = ("kl", "sharding", "sampler_weights", "offload_reference", "offload_optimizer")
 
 
 class Part(NamedTuple):

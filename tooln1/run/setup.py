@@ -97,16 +97,10 @@ def prepare(
 
 
 def build(
-    config: Config,
-    world: World,
-    task: Task,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    benchmarks: list[LoadedBenchmark],
-    notes: dict,
-    set_phase: Callable[[str], None],
+    config: Config, world: World, checkpoint: Checkpoint | None, task_file: str, set_phase: Callable[[str], None]
 ) -> Run:
-    """Models, sampler, optimizer, order: a run before its first step."""
+    """A run before its first step: what `prepare` checks, models, sampler, optimizer, order."""
+    task, tokenizer, examples, benchmarks, notes = prepare(config, world, checkpoint, task_file)
     there = memory.available(world.device)
     policy, reference, sampling_copy = load_models(config, world, tokenizer.vocab_size)
     settings = resolved(config, policy.config.num_parameters)
