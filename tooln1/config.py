@@ -10,6 +10,7 @@ import json
 import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -128,6 +129,7 @@ SETTINGS = {entry.name: entry for entry in fields(Config)}
 KINDS: dict[str, type] = get_type_hints(Config)
 KIND_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 PATHS = ("model", "reference_model", "train_data", "eval_data")  # of files to read, which may be in the repository
+_toml_value = partial(json.dumps, ensure_ascii=False)  # JSON's texts, numbers and booleans are TOML's
 SECTION_OF: dict[str, str] = {}
 for _entry in fields(Config):
     SECTION_OF[_entry.name] = _entry.metadata.get("section") or list(SECTION_OF.values())[-1]
@@ -294,7 +296,3 @@ def to_toml(config: Config) -> str:
             lines += ["", f"[{entry.metadata['section']}]"]
         lines.append(f"{name} = {_toml_value(getattr(config, name))}")
     return "\n".join(lines) + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)  # JSON's texts, numbers and booleans are TOML's

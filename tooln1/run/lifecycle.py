@@ -73,8 +73,6 @@ def open_run(config: Config, world: World, task_file: str = "") -> Iterator[Run]
                     print(f"stopped after step {run.completed_steps} of {run.steps}; continue with --resume auto")
                 raise
         export(run)
-        if run.log:
-            run.log.close()
 
 
 def open_log(run: Run) -> RunLog:

@@ -226,12 +226,6 @@ class RunLog:
         for file in (self._metrics, self._rollouts):
             os.fsync(file.fileno())
 
-    def close(self) -> None:
-        """Close the files."""
-        for log in (self._metrics, self._rollouts, self._tensorboard):
-            if log is not None:
-                log.close()
-
 
 def tensorboard_writer() -> type:
     """torch's SummaryWriter. Raises UserError if the package that it needs is missing."""

@@ -12,11 +12,7 @@ from tooln1.sampler.scheduler import Stats
 
 
 def add_reply_metrics(
-    metrics: Metrics,
-    rollouts: Sequence[Rollout],
-    rewards: Tensor,
-    measured: Iterable[Mapping[str, float]],
-    ranks: int,
+    metrics: Metrics, rollouts: Sequence[Rollout], rewards: Tensor, measured: Iterable[Mapping[str, float]], ranks: int
 ) -> None:
     """Add metrics of all replies of a step; each of the `ranks` has all replies and adds the same.
 
