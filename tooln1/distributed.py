@@ -76,11 +76,7 @@ class World:
 
     def broadcast(self, value: T) -> T:
         """Rank 0's `value` on every rank."""
-        if self.size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
+        return self.gather([value])[0]
 
     def run_on_all_ranks(self, work: Callable[[], T], what: str) -> T:
         """Run `work`, which holds no collective; if it fails on any rank, raise the same UserError on all of them.

@@ -81,8 +81,7 @@ def totals(by_category: dict[str, Tally]) -> dict[str, Tally | float]:
         for name, categories in parts.items():
             rows = [row_by_rule(category, rule) if rule == TEXT else category for category in categories]
             if all(row in by_category for row in rows):
-                mean = statistics.fmean(by_category[row].accuracy for row in rows)
-                result[row_by_rule(name, rule)] = mean
+                result[row_by_rule(name, rule)] = statistics.fmean(by_category[row].accuracy for row in rows)
     return result
 
 
