@@ -8,8 +8,6 @@
 `rl_step`, below, is one step of the whole algorithm; the equations are in tooln1/grpo.py.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
@@ -90,9 +89,7 @@ def sft_step(run: Run, step: int, metrics: Metrics) -> list[dict]:
 # ------------------------------------------------------------------------------------------------ its parts
 
 
-def sample_groups(
-    run: Run, step: int, metrics: Metrics
-) -> tuple[list[Example], list[Rollout], list[str], torch.Tensor]:
+def sample_groups(run: Run, step: int, metrics: Metrics) -> tuple[list[Example], list[Rollout], list[str], Tensor]:
     """The examples of a step, the replies to them as rollouts and as texts, and their rewards [N].
 
     dynamic_sampling: in up to so many further rounds, each prompt whose replies all got one reward is made up for by
@@ -146,7 +143,7 @@ def sample(run: Run, examples: list[Example], keys: list[int], step: int) -> lis
         )
 
 
-def score(run: Run, rollouts: list[Rollout], examples: list[Example], step: int) -> tuple[list[str], torch.Tensor]:
+def score(run: Run, rollouts: list[Rollout], examples: list[Example], step: int) -> tuple[list[str], Tensor]:
     """The text of each reply, special tokens kept, and its reward [N]; shuffled over the batch in the control.
 
     Each rank scores a part of them: a task's reward may be slow, and may differ from call to call.
@@ -197,17 +194,15 @@ def update(
     metrics.add_means(result.sums)
 
 
-def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantages: torch.Tensor) -> list[PackedBatch]:
+def my_batches(run: Run, rollouts: Sequence[Rollout], rows: list[int], advantages: Tensor) -> list[PackedBatch]:
     """This rank's micro-batches of the mini-batch `rows`; every rank makes the same plan and takes its share."""
     config = run.config
     only_policy_term = config.mode == "rl" and config.kl == "off" and not config.entropy_coef
     if only_policy_term and config.loss_aggregation != "microbatch_token_mean":
         # An advantage of 0 leaves nothing to learn (groups with equal rewards); the loss's total still counts it.
         rows = [row for row in rows if advantages[row] != 0]
-    shares = plan_microbatches(
-        rollouts, rows, config.tokens_per_microbatch, run.world.size, pair_cost(run.policy.config)
-    )
-    mine = shares[run.world.rank]
+    cost = pair_cost(run.policy.config)
+    mine = plan_microbatches(rollouts, rows, config.tokens_per_microbatch, run.world.size, cost)[run.world.rank]
     return [pack(rollouts, share, advantages, run.world.device, run.update_attention) for share in mine]
 
 

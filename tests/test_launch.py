@@ -14,7 +14,7 @@ import tiny
 from tiny import ROOT, Job, measured, write_preset
 
 from tooln1.io.errors import UserError
-from tooln1.run.same_job import require_same_on_all_ranks
+from tooln1.run.checks import require_same_on_all_ranks
 
 STUB = f"""#!{sys.executable}
 import json, os, sys

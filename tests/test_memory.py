@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -219,6 +220,19 @@ def test_a_large_vocabulary_is_reduced_at_the_end():
         with process_group(processes):
             needed = estimate(shape, None, settings, {"GPU": GIB, "host": GIB}, processes, 24, 8)
         assert sizes(needed)["gathered weights, gradients"] == numbers * tables
+
+
+@pytest.mark.slow
+def test_the_plans_in_the_documentation_are_those_of_the_program(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # which a plan sets
+    text = (tiny.ROOT / "docs/scale.md").read_text(encoding="utf-8")
+    plans = re.findall(r"`python -m tooln1.run.plan ([^`]*)`\n\n```\n(.*?)```\n", text, re.S)
+    assert len(plans) == 3
+    for options, printed in plans:
+        model = shared(f"reference/configs/Qwen2.5-{14 if '14b' in options else 7}B-Instruct")
+        monkeypatch.setattr("sys.argv", ["plan", *options.split(), "--model", str(model)])
+        assert tiny.exit_code(plan.main) == 0
+        assert capsys.readouterr().out.split() == printed.split()
 
 
 def test_a_plan_says_what_to_change(tmp_path, monkeypatch, capsys):

@@ -3,12 +3,15 @@
 import json
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tooln1.distributed import World
 from tooln1.io.errors import UserError
 from tooln1.io.jsonl import read_jsonl
+from tooln1.run.lifecycle import log_step
 from tooln1.run.metrics import (
     Metrics,
     RunLog,
@@ -119,9 +122,10 @@ def test_lines_are_flushed_and_a_torn_last_one_is_left_out_and_overwritten(tmp_p
 
 def test_a_full_disk_is_one_sentence(tmp_path):
     log = RunLog(tmp_path, 9)
-    log._metrics = open("/dev/full", "w")  # noqa: SIM115  the log closes it
-    with pytest.raises(UserError, match="/dev/full cannot be written to: No space left"):
-        log.step(1, {})
+    log._metrics = open("/dev/full", "w")  # noqa: SIM115
+    run = SimpleNamespace(log=log, world=World(0, 1, torch.device("cpu")), completed_steps=1)
+    with pytest.raises(UserError, match="the logs could not be written: No space left"):
+        log_step(run, Metrics())
 
 
 @pytest.mark.parametrize(
@@ -169,13 +173,11 @@ def test_a_resumed_run_continues_after_the_steps_of_its_checkpoint(tmp_path, cap
     for step in (1, 2, 3):
         log.step(step, {"reward": step / 4, "kl": math.nan})
         log.rollouts(step, [reply("a", 1.0), reply("b", 0.0)], 1)
-    log.close()
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["step 0/4 · held-out 0.500", "step 1/4 · reward 0.250 · kl nan"]
     log = RunLog(tmp_path, 4, completed=2)
     assert log.row == {"step": 2, "reward": 0.5, "kl": None}
     log.step(3, {"reward": 0.9})
-    log.close()
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and rows[3] == {"step": 3, "reward": 0.9}
     kept = [(row["step"], row["kind"]) for row in read_jsonl(tmp_path / "rollouts.jsonl")]
@@ -188,7 +190,6 @@ def test_an_evaluation_has_a_row_of_its_own_that_readers_merge(tmp_path):
     log.step(2, {"reward": 0.6})
     written = (tmp_path / "metrics.jsonl").read_bytes()
     log.step(2, {"heldout_accuracy": 0.25})
-    log.close()
     assert (tmp_path / "metrics.jsonl").read_bytes().startswith(written)  # append-only
     merged = {"step": 2, "reward": 0.6, "heldout_accuracy": 0.25}
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "reward": 0.5}, merged]
@@ -204,7 +205,6 @@ def test_tensorboard_scalars(tmp_path):
     log = RunLog(tmp_path, 2, tensorboard=True)
     log.step(1, {"reward": 0.25, "seconds/step": 2.0, "kl": math.nan})
     log.step(2, {"reward": 0.5})
-    log.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert sorted(events.Tags()["scalars"]) == ["reward", "seconds/step"]  # NaN is left out

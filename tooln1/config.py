@@ -4,19 +4,19 @@ A later source overrides an earlier one: the defaults in `Config`, the preset th
 preset itself, the command line. Only train.py, eval.py and run/ see `Config`.
 """
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import json
 import re
 import tomllib
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from tooln1.grpo import ADVANTAGES, AGGREGATIONS, KL_ESTIMATES, POLICY_LOSSES, SAMPLER_CORRECTIONS
 from tooln1.io.errors import UserError
+from tooln1.io.jsonl import read_text
 from tooln1.lora import TARGETS
 from tooln1.rewards import REWARDS
 
@@ -129,6 +129,7 @@ SETTINGS = {entry.name: entry for entry in fields(Config)}
 KINDS: dict[str, type] = get_type_hints(Config)
 KIND_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 PATHS = ("model", "reference_model", "train_data", "eval_data")  # of files to read, which may be in the repository
+_toml_value = partial(json.dumps, ensure_ascii=False)  # JSON's texts, numbers and booleans are TOML's
 SECTION_OF: dict[str, str] = {}
 for _entry in fields(Config):
     SECTION_OF[_entry.name] = _entry.metadata.get("section") or list(SECTION_OF.values())[-1]
@@ -201,10 +202,9 @@ def read_preset(path: str | Path) -> dict[str, Any]:
     Settings stand at the top or in sections, whose names are free.
     """
     path = Path(path)
+    text = read_text(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"cannot read the preset {path}: {error.strerror}.") from None
+        table = tomllib.loads(text)
     except ValueError as error:
         raise UserError(f"{path} is not valid TOML: {error}.") from None
     base = table.pop("base", None)
@@ -296,7 +296,3 @@ def to_toml(config: Config) -> str:
             lines += ["", f"[{entry.metadata['section']}]"]
         lines.append(f"{name} = {_toml_value(getattr(config, name))}")
     return "\n".join(lines) + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)  # JSON's texts, numbers and booleans are TOML's

@@ -5,8 +5,6 @@ computes in fp32. Everything else is FSDP2 with fp32 master weights: bf16 comput
 throughout on CPU.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal
@@ -78,11 +76,7 @@ class World:
 
     def broadcast(self, value: T) -> T:
         """Rank 0's `value` on every rank."""
-        if self.size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
+        return self.gather([value])[0]
 
     def run_on_all_ranks(self, work: Callable[[], T], what: str) -> T:
         """Run `work`, which holds no collective; if it fails on any rank, raise the same UserError on all of them.

@@ -248,8 +248,7 @@ def load_weights(model: Transformer, device: torch.device | str) -> Transformer:
     UserError for files that are missing or broken, and one that lists all missing, unexpected and mis-shaped tensors
     together when they do not fit the config.
     """
-    with torch.device("meta"):
-        shapes = {name: tuple(weight.shape) for name, weight in Transformer(model.config).named_parameters()}
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters() if ".lora_" not in name}
     unneeded = ("rotary_emb.inv_freq", "lm_head.weight")[: 1 + model.config.tie_word_embeddings]
     files = find_weights(model.source, shapes, unneeded)
     model.to_empty(device=device)

@@ -18,7 +18,6 @@ import re
 import statistics
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 from tooln1.benchmarks import Case, Tally, Verdict, row_by_rule
 from tooln1.benchmarks.acebench_checker import Gold, calls_fault
@@ -82,8 +81,7 @@ def totals(by_category: dict[str, Tally]) -> dict[str, Tally | float]:
         for name, categories in parts.items():
             rows = [row_by_rule(category, rule) if rule == TEXT else category for category in categories]
             if all(row in by_category for row in rows):
-                mean = statistics.fmean(by_category[row].accuracy for row in rows)
-                result[row_by_rule(name, rule)] = mean
+                result[row_by_rule(name, rule)] = statistics.fmean(by_category[row].accuracy for row in rows)
     return result
 
 
@@ -98,14 +96,12 @@ def load(path: str | os.PathLike) -> list[Case]:
     answer, rows that are not of ACEBench's shape and ids given twice.
     """
     folder = data_folder(Path(path), FOLDERS, f"data_{CATEGORIES[0]}.json", "ACEBench")
-    return cases_of((row for category in CATEGORIES for row in _rows(category, folder)), _case)
-
-
-def _rows(category: str, folder: Path) -> list[tuple[str, str, dict, Any]]:
-    """[(where, category, question, gold)] of a category."""
-    name = f"data_{category}.json"
-    pairs = read_pairs(folder / name, folder / "possible_answer" / name, itemgetter("id"))
-    return [(where, category, row, gold) for where, row, gold in pairs]
+    rows = []
+    for category in CATEGORIES:
+        name = f"data_{category}.json"
+        pairs = read_pairs(folder / name, folder / "possible_answer" / name, itemgetter("id"))
+        rows += [(where, category, question, gold) for where, question, gold in pairs]
+    return cases_of(rows, _case)
 
 
 def _case(category: str, row: dict, gold: Gold | list[Gold]) -> Case:

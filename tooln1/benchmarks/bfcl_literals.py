@@ -34,11 +34,7 @@ _JAVA_NUMBERS = dict.fromkeys(("byte", "short", "integer"), _INTEGER) | {
     "float": re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?[fF]$"),
     "double": re.compile(r"-?\d+(\.\d+)?([eE][+-]?\d+)?$"),
 }
-_JAVASCRIPT_NUMBERS = {
-    "integer": _INTEGER,
-    "Bigint": re.compile(r"-?\d+n$"),
-    "float": re.compile(r"-?\d+(\.\d+)?$"),
-}
+_JAVASCRIPT_NUMBERS = {"integer": _INTEGER, "Bigint": re.compile(r"-?\d+n$"), "float": re.compile(r"-?\d+(\.\d+)?$")}
 _BOOLEANS = {"true": True, "false": False}
 
 

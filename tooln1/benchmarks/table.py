@@ -80,7 +80,10 @@ def comparison(name: str, results: Mapping[str, dict[str, Any]]) -> str:
 
     results: label of a model -> its result on this benchmark. "" where there is nothing to compare with.
     """
-    rows = {label: _per_cent(result) for label, result in results.items()}
+    rows = {}
+    for label, result in results.items():
+        figures = result["categories"] | result["totals"]
+        rows[label] = {key: 100 * values["accuracy"] for key, values in figures.items()}
     if name in COMPARISONS:
         groups = COMPARISONS[name]["columns"]
         rows |= {f"paper: {model}": row for model, row in COMPARISONS[name]["rows"].items()}
@@ -93,10 +96,6 @@ def comparison(name: str, results: Mapping[str, dict[str, Any]]) -> str:
         cells = [[f"{row[key]:.2f}" if key in row else "-" for key in columns.values()] for row in rows.values()]
         blocks.append([group, *_columns([list(columns), *cells], left=0, gap=" ")])
     return "\n".join(_columns(list(zip(*blocks, strict=True)), left=len(blocks)))
-
-
-def _per_cent(result: dict[str, Any]) -> dict[str, float]:
-    return {key: 100 * values["accuracy"] for key, values in (result["categories"] | result["totals"]).items()}
 
 
 def _columns(rows: Sequence[Sequence[str]], left: int = 1, gap: str = "  ") -> list[str]:

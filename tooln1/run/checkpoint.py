@@ -8,8 +8,6 @@ Parameters are the trained ones: with LoRA the adapters. Any number of ranks can
 by block because torch builds each in host memory first.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

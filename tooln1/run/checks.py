@@ -3,15 +3,17 @@
 Each check yields findings: an "error" stops the run, a "warning" is printed, "ok" says what was found.
 """
 
-from __future__ import annotations
-
+import hashlib
 import json
 import shutil
+import socket
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from tooln1.config import REPOSITORY
 from tooln1.data import Example
 from tooln1.distributed import World
 from tooln1.io.errors import UserError
@@ -26,6 +28,31 @@ from tooln1.task import Task
 from tooln1.tokenizer import Tokenizer
 
 CHECKPOINT_BYTES = 12  # per trained parameter: fp32 weights and two fp32 moments
+
+
+def code_version() -> str:
+    """A hash of the source of train.py and tooln1/."""
+    files = [REPOSITORY / "train.py", *sorted((REPOSITORY / "tooln1").rglob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def require_same_on_all_ranks(world: World, facts: Mapping[str, Any]) -> None:
+    """Raise UserError on all ranks if `facts`, values by name, differ between them: which, where (a collective).
+
+    Nodes may hold other copies of the code, the packages or the files.
+    """
+    ranks = world.gather([(socket.gethostname(), facts)])
+    places: dict[str, list[str]] = defaultdict(list)  # of each value that is not the usual one
+    for name in facts:
+        values = [repr(theirs.get(name)) for _, theirs in ranks]
+        (usual, _), *_ = Counter(values).most_common()  # of equally usual ones rank 0's
+        for rank, value in enumerate(values):
+            if value != usual:
+                places[f"{name} is {value} and not {usual}"].append(f"rank {rank} ({ranks[rank][0]})")
+    if places:
+        different = "; ".join(f"{what} on {', '.join(where)}" for what, where in places.items())
+        way_out = "Give them the same code, settings and files; a task file must not be random."
+        raise UserError(f"Not all processes run the same: {different}. {way_out}")
 
 
 class Finding(NamedTuple):
@@ -46,18 +73,13 @@ def check_run(
     held_out: Sequence[Example],
     task: Task,
 ) -> None:
-    """All checks of a run, on rank 0. Raises UserError on all ranks for an error, and with --check for a warning.
-
-    settings: those of the run by name, "auto" replaced. reference: config of the frozen model, None without one.
-    """
-
+    """All checks of a run, on rank 0. Raises UserError on all ranks for an error, and with --check for a warning."""
     prompt, reply = longest_prompt(tokenizer, examples, task), settings["max_reply_tokens"]
     if settings["mode"] == "sft":
         reply = max(len(tokenizer.encode(target_text(example))) for example in examples)
     there = memory.available(world.device)
-    needed = memory.estimate(
-        config, reference, settings, there, world.size, prompt, reply
-    )  # on all ranks: FSDP2's mesh
+    # on all ranks, because FSDP2 makes a mesh of them
+    needed = memory.estimate(config, reference, settings, there, world.size, prompt, reply)
 
     def check() -> None:
         if settings["tensorboard"]:
@@ -211,13 +233,11 @@ def train_eval_overlap(train: Sequence[Example], held_out: Sequence[Example], ta
     seen = set().union(*map(traits, train))
     shared = [example.id for example in held_out if traits(example) & seen]
     what = "prompt" if task.file else "source row, or tools and first message"
-    text = f"{len(shared)} of {len(held_out)} held-out examples share their {what}"
+    text = f"{len(shared)} of {len(held_out)} held-out examples share their {what}, with training examples"
     if shared:
         way_out = "accuracy on them is too high; remove them, or split with python -m tooln1.prepare"
-        text = f"{text}, with training examples (the first: {shared[0]}): {way_out}."
-        yield Finding("warning", "train_eval_overlap", text)
-    else:
-        yield Finding("ok", "train_eval_overlap", f"{text}, with training examples.")
+        text = f"{text} (the first: {shared[0]}): {way_out}"
+    yield Finding("warning" if shared else "ok", "train_eval_overlap", f"{text}.")
 
 
 def fits_memory(

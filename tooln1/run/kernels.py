@@ -7,8 +7,6 @@ update_attention   flex       FlexAttention over the packed stream
                    sdpa       plain attention, a few calls for each prompt; the CPU's
 """
 
-from __future__ import annotations
-
 import gc
 import sys
 from collections.abc import Callable
@@ -64,7 +62,7 @@ def choose_decode(sampler: Sampler, chosen: str, world: World) -> None:
             raise ArithmeticError(f"its log-probs are {gap:.2f} from the plain ones")
 
     sampler.decode = choose("rollout_decode", chosen, ("graph", "eager", "gathered"), attempt, world)
-    sampler.graphs.clear()
+    sampler.drop_graphs()
 
 
 def choose_update_attention(config: ModelConfig, chosen: str, tokens: int, world: World) -> str:

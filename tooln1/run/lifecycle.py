@@ -1,10 +1,8 @@
 """The life of a run: open or resume, log, save, evaluate, stop, export."""
 
-from __future__ import annotations
-
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -33,7 +31,7 @@ from tooln1.run.checkpoint import (
 from tooln1.run.faults import explain_oom
 from tooln1.run.kernels import choose_decode, choose_update_attention
 from tooln1.run.metrics import Metrics, RunLog
-from tooln1.run.setup import Run, build, prepare
+from tooln1.run.setup import Run, build
 
 
 @contextmanager
@@ -50,7 +48,7 @@ def open_run(config: Config, world: World, task_file: str = "") -> Iterator[Run]
     run_dir = Path(config.run_dir)
     with claimed(run_dir, world), explain_oom(asdict(config)) as set_phase:
         checkpoint = find_checkpoint(run_dir, config.resume, world)
-        run = build(config, world, *prepare(config, world, checkpoint, task_file), set_phase)
+        run = build(config, world, checkpoint, task_file, set_phase)
         if checkpoint:
             resume(run, checkpoint)
         how = (config.update_attention, config.tokens_per_microbatch)
@@ -59,7 +57,7 @@ def open_run(config: Config, world: World, task_file: str = "") -> Iterator[Run]
             set_phase("first rollout")
             copy_weights(run.policy, run.sampler.model)
             choose_decode(run.sampler, config.rollout_decode, world)
-            release_weights(run)
+        release_weights(run)
         open_logs = partial(open_log, run) if world.is_main else lambda: None
         run.log = world.run_on_all_ranks(open_logs, f"{run_dir} cannot be written to")
         if run.saved_steps < run.completed_steps:
@@ -75,8 +73,6 @@ def open_run(config: Config, world: World, task_file: str = "") -> Iterator[Run]
                     print(f"stopped after step {run.completed_steps} of {run.steps}; continue with --resume auto")
                 raise
         export(run)
-        if run.log:
-            run.log.close()
 
 
 def open_log(run: Run) -> RunLog:
@@ -100,20 +96,26 @@ def metrics_of_step(run: Run, step: int) -> Metrics:
 
 def finish_step(run: Run, metrics: Metrics, replies: list[dict]) -> None:
     """Log a completed step; save and evaluate if that is due."""
-    config, values = run.config, metrics.reduced(run.world.gather)
+    config = run.config
     run.completed_steps, run.can_abandon_step = run.completed_steps + 1, True
     run.completed_position = run.position
-
-    def log() -> None:
-        if run.log:
-            run.log.step(run.completed_steps, values)
-            run.log.rollouts(run.completed_steps, replies, config.log_rollouts)
-
-    run.world.run_on_all_ranks(log, "the logs could not be written")
+    log_step(run, metrics, replies)
     last = run.completed_steps == run.steps
     if last or run.failed_saves or (config.save_every and run.completed_steps % config.save_every == 0):
         save(run, may_fail=not last)
     evaluate_if_due(run)
+
+
+def log_step(run: Run, metrics: Metrics, replies: Sequence[dict] = ()) -> None:
+    """Log metrics and replies of the last completed step, reduced over the ranks (a collective)."""
+    values = metrics.reduced(run.world.gather)
+
+    def log() -> None:
+        if run.log:
+            run.log.step(run.completed_steps, values)
+            run.log.rollouts(run.completed_steps, replies, run.config.log_rollouts)
+
+    run.world.run_on_all_ranks(log, "the logs could not be written")
 
 
 def evaluate_if_due(run: Run) -> None:
@@ -132,9 +134,7 @@ def evaluate_if_due(run: Run) -> None:
         metrics = metrics_of_step(run, step - 1)
         with metrics.timer("eval"):
             metrics.add_means({name: (value, 1) for name, value in evaluate(run).items()})
-        values = metrics.reduced(run.world.gather)
-        if run.log:
-            run.log.step(step, values)
+        log_step(run, metrics)
 
 
 def evaluate(run: Run) -> dict[str, float]:

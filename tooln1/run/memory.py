@@ -10,8 +10,6 @@ Gradients last from an update to the next one. With LoRA on one process the froz
 the sampling copy. The sampler is given what this leaves, so that both plan the same cache. Not included: fragmentation.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -32,16 +30,9 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 # the settings that memory depends on: in sampling, in the passes of an update, and for the weights
 ROLLOUT_SETTINGS = ("max_num_seqs", "rollout_cache_tokens", "max_reply_tokens")
-PASS_SETTINGS = ("tokens_per_microbatch", "logprob_chunk_tokens", "activation_checkpointing")
+PASS_SETTINGS = ("tokens_per_microbatch", "logprob_chunk_tokens", "activation_checkpointing", "accumulate_unsharded")
 KERNEL_SETTINGS = ("rollout_decode", "update_attention")
-WEIGHT_SETTINGS = (
-    "accumulate_unsharded",
-    "kl",
-    "sharding",
-    "sampler_weights",
-    "offload_reference",
-    "offload_optimizer",
-)
+WEIGHT_SETTINGS = ("kl", "sharding", "sampler_weights", "offload_reference", "offload_optimizer")
 
 
 class Part(NamedTuple):
@@ -81,6 +72,8 @@ def estimate(
     available: bytes by place, as `available` gives them. prompt, reply: the longest ones, in tokens.
     """
     cuda, device = "GPU" in available, next(iter(available))
+    # a longer sequence gets a micro-batch of its own, and the cache must hold it
+    settings = {**settings, "tokens_per_microbatch": max(settings["tokens_per_microbatch"], prompt + reply)}
     number = 2 if cuda else FP32  # bytes of a number in passes and copies
     lora = settings["lora_rank"] > 0
     one_copy = lora and processes == 1
@@ -110,7 +103,8 @@ def estimate(
         Part("CUDA context, graphs, sampling", device, (kv_cache.CUDA_RESERVE * cuda,) * 4, "formula"),
     ]
     free = max(0, available[device] - Estimate(tuple(parts), 0).total(device))
-    cache = cache_bytes(config, settings, cuda, processes, (prompt, reply), free)
+    least = kv_cache.kv_bytes_per_token(config, number) * (prompt + reply)
+    cache = max(least, cache_bytes(config, settings, cuda, processes, (prompt, reply), free))
     source = "counted" if cuda and settings["rollout_cache_tokens"] else "formula"
     parts.append(Part("KV cache", device, (0, cache, cache, cache), source))
     return Estimate(tuple(part for part in parts if any(part.phases)), free)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from tooln1.io.errors import UserError
 from tooln1.io.files import atomic_write
@@ -203,7 +203,7 @@ class RunLog:
     def step(self, step: int, values: dict[str, float]) -> None:
         """Log metrics of a step and print a line of them; the figures of an evaluation get a row of their own."""
         self.row = (self.row if self.row.get("step") == step else {}) | {"step": step} | values
-        _append(self._metrics, {"step": step} | values)
+        print(to_json({"step": step} | values), file=self._metrics, flush=True)
         if self._tensorboard is not None:
             for name, value in values.items():
                 if math.isfinite(value):
@@ -219,27 +219,12 @@ class RunLog:
     def rollouts(self, step: int, rows: Sequence[dict[str, Any]], count: int) -> None:
         """Log the best and the worst `count` replies of a step; `rows` as for `best_and_worst`."""
         for row in best_and_worst(step, rows, count):
-            _append(self._rollouts, row)
+            print(to_json(row), file=self._rollouts, flush=True)
 
     def sync(self) -> None:
         """Wait until the disk has the logs: a checkpoint written next must not know more steps than they."""
         for file in (self._metrics, self._rollouts):
             os.fsync(file.fileno())
-
-    def close(self) -> None:
-        """Close the files."""
-        for log in (self._metrics, self._rollouts, self._tensorboard):
-            if log is not None:
-                log.close()
-
-
-def _append(file: IO[str], record: dict[str, Any]) -> None:
-    """Write one line; raises UserError if the disk is full."""
-    try:
-        file.write(to_json(record) + "\n")
-        file.flush()
-    except OSError as error:
-        raise UserError(f"{file.name} cannot be written to: {error.strerror}.") from error
 
 
 def tensorboard_writer() -> type:

@@ -9,8 +9,6 @@ update is 3 forward passes, 4 with activation_checkpointing, and AdamW moves 28 
 unequal lengths and shares, offloading, evaluation, checkpoints.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Mapping
@@ -46,6 +44,7 @@ CHANGES = {  # from the cheapest to the costliest
     "accumulate_unsharded": False,
     "activation_checkpointing": True,
     "tokens_per_microbatch": 8192,
+    "sampler_weights": "release",
     "offload_reference": True,
     "offload_optimizer": True,
 }
@@ -59,8 +58,9 @@ def step_seconds(
     head = config.vocab_size * config.hidden_size
     in_layers = config.num_parameters - head * (1 if config.tie_word_embeddings else 2)
     prompts, rate = settings["prompts_per_step"] / gpus, given.peak * given.peak_share * 1e12  # of a GPU, as all below
-    between_nodes = given.gpus_per_node * given.network_rate if gpus > given.gpus_per_node else given.link_rate
-    gather = 2 * config.num_parameters * (1 - 1 / gpus) / min(given.link_rate, between_nodes) / 1e9
+    shards = min(gpus, given.gpus_per_node) if settings["sharding"] == "hybrid" else gpus
+    between_nodes = given.gpus_per_node * given.network_rate if shards > given.gpus_per_node else given.link_rate
+    gather = 2 * config.num_parameters * (1 - 1 / shards) / min(given.link_rate, between_nodes) / 1e9
     replies, pairs = prompts * group * reply, prompt**2 / 2 + group * reply * (prompt + reply / 2)
     tokens = prompts * prompt + replies
     forward = 2 * (in_layers * (tokens + pair_cost(config) * prompts * pairs) + head * replies) / rate
@@ -75,11 +75,16 @@ def step_seconds(
     prefill = 2 * in_layers * prompts * (prompt + pair_cost(config) * prompt**2 / 2) / rate
     decoding = max(read / given.memory_rate / 1e9, 2 * (in_layers + head) * replies / rate)
     update = (3 + settings["activation_checkpointing"]) * forward
-    adam = minibatches * 28 * config.num_parameters / gpus / given.memory_rate / 1e9
+    moved = gathers * gather
+    if shards < gpus:  # fp32 gradients are summed over the replicas, there and back
+        moved += minibatches * 8 * config.num_parameters / shards / given.network_rate / 1e9
+    adam = {"AdamW": minibatches * 28 * config.num_parameters / shards / given.memory_rate / 1e9}
+    if settings["offload_optimizer"]:
+        adam = {"AdamW on the host and its transfers not counted": 0.0}
     return {
         "rollout": {"prefill": prefill, f"{steps} decode steps of {rows} replies": decoding},
         "log-probs": _longer(passes * forward, passes * microbatches * gather),
-        "update": _longer(update, gathers * gather) | {"AdamW": adam},
+        "update": _longer(update, moved) | adam,
         "weight copy": {"moving": gather},
     }
 
@@ -117,7 +122,7 @@ def main() -> None:
     for name, value in CHANGES.items():
         if all(needed.total(place) <= there[place] for place in there):
             break
-        if settings[name] != value and not 0 < settings[name] <= value:
+        if settings[name] != value and not (name == "tokens_per_microbatch" and settings[name] < value):
             settings = settings | {name: value}
             needed = estimate(config, reference, settings, *limits)
             sizes = (f"{format_bytes(needed.total(place))} on the {place}" for place in there)

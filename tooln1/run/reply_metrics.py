@@ -1,7 +1,5 @@
 """Metrics of the replies of a step: rewards, lengths, and the sampler's work."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -14,11 +12,7 @@ from tooln1.sampler.scheduler import Stats
 
 
 def add_reply_metrics(
-    metrics: Metrics,
-    rollouts: Sequence[Rollout],
-    rewards: Tensor,
-    measured: Iterable[Mapping[str, float]],
-    ranks: int,
+    metrics: Metrics, rollouts: Sequence[Rollout], rewards: Tensor, measured: Iterable[Mapping[str, float]], ranks: int
 ) -> None:
     """Add metrics of all replies of a step; each of the `ranks` has all replies and adds the same.
 

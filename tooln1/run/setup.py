@@ -1,7 +1,5 @@
 """What a run holds, and how it is put together from its settings: data, tokenizer, models, sampler, optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -20,9 +18,8 @@ from tooln1.model import Transformer, load_weights, meta_model, model_files, rea
 from tooln1.prompt import drop_long
 from tooln1.run import memory
 from tooln1.run.checkpoint import Checkpoint
-from tooln1.run.checks import check_run
+from tooln1.run.checks import check_run, code_version, require_same_on_all_ranks
 from tooln1.run.metrics import RunLog
-from tooln1.run.same_job import code_version, require_same_on_all_ranks
 from tooln1.run.signals import StopRequest
 from tooln1.run.task_file import load_task
 from tooln1.sampler.sampler import Sampler
@@ -99,23 +96,19 @@ def prepare(
 
 
 def build(
-    config: Config,
-    world: World,
-    task: Task,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    benchmarks: list[LoadedBenchmark],
-    notes: dict,
-    set_phase: Callable[[str], None],
+    config: Config, world: World, checkpoint: Checkpoint | None, task_file: str, set_phase: Callable[[str], None]
 ) -> Run:
-    """Models, sampler, optimizer, order: a run before its first step."""
-    there = memory.available(world.device)
+    """A run before its first step: what `prepare` checks, models, sampler, optimizer, order."""
+    task, tokenizer, examples, benchmarks, notes = prepare(config, world, checkpoint, task_file)
+    there, cuda = memory.available(world.device), world.device.type == "cuda"
     policy, reference, sampling_copy = load_models(config, world, tokenizer.vocab_size)
     settings = resolved(config, policy.config.num_parameters)
     frozen = read_config(path) if (path := reference_of(config)) else None
     free_bytes = memory.estimate(policy.config, frozen, settings, there, world.size, 0, 0).free_bytes
     cache = (config.max_num_seqs, config.rollout_cache_tokens)
     sampler = Sampler(sampling_copy, tokenizer.stop_ids, *cache, free_bytes=free_bytes)
+    decay = {"betas": (config.adam_beta1, config.adam_beta2), "weight_decay": config.weight_decay}
+    optimizer = torch.optim.AdamW(policy.parameters(), config.learning_rate, eps=config.adam_eps, fused=cuda, **decay)
     order = EpochOrder(len(examples), config.seed)
     return Run(
         config=config,
@@ -124,14 +117,7 @@ def build(
         policy=policy,
         reference=reference,
         sampler=sampler,
-        optimizer=torch.optim.AdamW(
-            policy.parameters(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            fused=world.device.type == "cuda",
-        ),
+        optimizer=optimizer,
         loss=loss_of(config),
         examples=examples,
         benchmarks=benchmarks,

@@ -7,8 +7,6 @@ Two kernels of CUDA, which fake tensors on the CPU do not reach, have stand-ins 
 LayerNorm for the fused RMSNorm, causal attention over the whole stream for FlexAttention.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,7 +29,6 @@ from tooln1.lora import add_adapters
 from tooln1.model import RMSNorm, Transformer
 from tooln1.update import PolicyLoss, add_logprobs
 
-CPU = torch.device("cpu")
 MEAN_PROMPT, MEAN_REPLY = 728, 105  # tokens, in the paper's data
 
 
@@ -46,8 +43,8 @@ def meta_model(config: ModelConfig, settings: Mapping[str, Any], dtype: torch.dt
 
 def shards(config: ModelConfig, settings: Mapping[str, Any], processes: int) -> dict[str, Tensor]:
     """What a rank holds of each parameter, by name, without data; `processes`: those of the default process group."""
-    hybrid = settings["sharding"] == "hybrid"
-    model = shard(meta_model(config, settings), World(0, processes, CPU), hybrid=hybrid)
+    world, hybrid = World(0, processes, torch.device("cpu")), settings["sharding"] == "hybrid"
+    model = shard(meta_model(config, settings), world, hybrid=hybrid)
     return {name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
 
 
@@ -70,7 +67,7 @@ def _trace(config: ModelConfig, settings: Mapping[str, Any], cuda: bool) -> list
 
     model = meta_model(config, settings, torch.bfloat16 if cuda else torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True), _LiveBytes() as live:
-        model.to_empty(device=CPU)
+        model.to_empty(device="cpu")
         for block in model.model.layers:
             block.recompute, first = settings["activation_checkpointing"], block.input_layernorm.weight
             if first.requires_grad:  # the last weight of the block to get a gradient

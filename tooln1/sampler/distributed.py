@@ -1,7 +1,5 @@
 """Data-parallel sampling: prompts distributed over ranks by expected cost, all rollouts on every rank afterwards."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -29,36 +27,28 @@ def generate_distributed(
     keys: list[int],
     group_size: int,
     max_new_tokens: int | list[int],
-    on_finished: Callable[[Rollout], None] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
     check: Callable[[], None] = lambda: None,
     **sampling,
 ) -> list[Rollout]:
     """`sampler.generate` with the prompts distributed over ranks; every rank returns all rollouts, in prompt order.
 
-    max_new_tokens: one number, or one per prompt. on_finished: gets each of this rank's replies as it finishes.
-    should_stop: ends this rank's sampling early. check: called on all ranks afterwards, raises on all if one stopped.
-    Ranks do not wait for each other before that. Raises UserError for what the sampler refuses.
+    max_new_tokens: one number, or one per prompt. check: called on all ranks after the sampling, for which they do not
+    wait for each other; raises on all if one stopped. sampling: `on_finished`, `should_stop` and others, of this rank's
+    prompts alone. Raises UserError for what the sampler refuses.
     """
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     costs = [len(prompt) + group_size * limit for prompt, limit in zip(prompts, limits, strict=True)]
     mine = balance_by_cost(costs, world.size)[world.rank]
-
-    def with_global_group(rollout: Rollout) -> Rollout:
-        return replace(rollout, group=mine[rollout.group])
-
     try:
         rollouts = sampler.generate(
             [prompts[i] for i in mine],
             keys=[keys[i] for i in mine],
             group_size=group_size,
             max_new_tokens=[limits[i] for i in mine],
-            on_finished=on_finished and (lambda rollout: on_finished(with_global_group(rollout))),
-            should_stop=should_stop,
             **sampling,
         )
     except ValueError as error:
         raise UserError(f"sampling: {error}") from error
     check()
-    rollouts = world.gather([with_global_group(rollout) for rollout in rollouts])
+    rollouts = world.gather([replace(rollout, group=mine[rollout.group]) for rollout in rollouts])
     return sorted(rollouts, key=lambda rollout: (rollout.group, rollout.sample))

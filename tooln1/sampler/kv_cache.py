@@ -1,7 +1,5 @@
 """The key/value cache in blocks, and how large it is."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

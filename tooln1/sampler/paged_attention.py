@@ -7,8 +7,6 @@
 Like those of attention.py, each is a callable (layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D].
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 
 import numpy as np

@@ -8,8 +8,6 @@ A prompt is computed once per group and its blocks are shared. A sampled token d
 position), so a reply does not depend on the batch it was sampled in, on the rank, the blocks or the order.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 import os
@@ -63,7 +61,7 @@ class Sampler:
         # of each sequence, and one unused; graphs are made for one size, which is more than most calls need
         self.last_tokens = torch.zeros(1 << 16, dtype=torch.int64, device=self.device)
         self.graphs: dict[tuple[int, SamplingParams], _DecodeGraph] = {}
-        self.graph_pool = torch.cuda.graph_pool_handle() if self.cuda else None
+        self.drop_graphs()
         self.stats = Stats()  # of the last call
 
     def generate(
@@ -113,9 +111,14 @@ class Sampler:
         self.stats = scheduler.stats
         return [] if scheduler.num_unfinished else [_rollout(seq) for group in groups for seq in group.seqs]
 
+    def drop_graphs(self) -> None:
+        """Forget all graphs. Further ones need a new pool: torch refuses one whose graphs are all gone."""
+        self.graphs.clear()
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.cuda else None
+
     def release_weights(self) -> None:
         """Free the model's weights, and the graphs, which read them at their addresses, until they are copied anew."""
-        self.graphs.clear()
+        self.drop_graphs()
         for parameter in self.model.parameters():
             parameter.untyped_storage().resize_(0)
 
@@ -192,7 +195,7 @@ class Sampler:
         On CUDA once for all calls, because kernels and graphs are compiled for them.
         """
         if len(seqs) >= len(self.last_tokens):
-            self.graphs.clear()
+            self.drop_graphs()
             self.last_tokens = torch.zeros(len(seqs) + 1, dtype=torch.int64, device=self.device)
         config, like = self.model.config, self.model.head
         lengths = [(len(seq.group.prompt), seq.max_new_tokens) for seq in seqs]
@@ -202,7 +205,7 @@ class Sampler:
             need = (self.max_num_seqs, self.cache_tokens) if self.cuda else (num_seqs, self.cache_tokens, lengths)
             num_blocks = kv_cache.plan_cache(config, like.element_size(), self.free_bytes, self.block_size, *need)
             if self.cache is None or num_blocks > self.cache.num_blocks:
-                self.graphs.clear()
+                self.drop_graphs()
                 self.cache = None  # free the old one first
                 self.cache = KVCache(config, num_blocks, self.block_size, like)
         most, size = max(map(sum, lengths), default=0), self.cache.num_blocks * self.block_size

@@ -1,7 +1,5 @@
 """From logits to tokens: one uniform number per token, which depends only on what is drawn, and inverse CDF."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -15,8 +15,6 @@ No blocks are reserved for max_new_tokens: a sequence takes a block when its las
 youngest sequence is preempted; it keeps its tokens and recomputes their keys and values when it resumes.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Collection
@@ -40,7 +38,7 @@ class SequenceGroup:
 
     index: int  # of the prompt in the `generate` batch
     prompt: list[int]  # token ids
-    seqs: list[Sequence] = field(default_factory=list)
+    seqs: list["Sequence"] = field(default_factory=list)
     prompt_blocks: list[int] = field(default_factory=list)  # the prompt's blocks, kept for sequences yet to start
 
     @property
