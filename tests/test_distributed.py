@@ -15,10 +15,9 @@ from tooln1.sampler.distributed import balance_by_cost
 MODEL = reference("models/dev/qwen1p5b_12x2_tied_bf16_sharded")
 
 
-@pytest.mark.parametrize("changes", [{}, pytest.param(tiny.QWEN3, marks=pytest.mark.slow)], ids=["qwen2", "qwen3"])
-def test_two_processes_and_a_resume_give_what_one_process_gives(tmp_path, changes):
-    """The same replies, then the same metrics up to rounding."""
-    tiny.write_model(tmp_path, **changes)
+def test_two_processes_and_a_resume_give_what_one_process_gives(tmp_path):
+    """The same replies, then the same metrics up to rounding. With Qwen3, which has the more kinds of weights."""
+    tiny.write_model(tmp_path, **tiny.QWEN3)
     tiny.write_data(tmp_path)
     one, two = tiny.run(tmp_path, "one"), tmp_path / "two"
     preset = tiny.write_preset(tmp_path, "two")
@@ -38,35 +37,32 @@ def test_two_processes_and_a_resume_give_what_one_process_gives(tmp_path, change
 
 
 @pytest.mark.slow
-def test_replicas_of_nodes_and_a_resume_without_them_give_what_one_process_gives(tmp_path):
-    """Two nodes of two processes; then two processes without replicas, which read the checkpoint of the four."""
+def test_replicas_of_two_nodes_give_what_one_process_gives(tmp_path):
+    """Two nodes of two processes. Imitation: where all rewards are equal, Adam makes steps of rounding errors."""
     tiny.write_model(tmp_path)
     tiny.write_data(tmp_path)
-    # imitation: where all rewards are equal, Adam makes steps of rounding errors, which the number of processes changes
-    how = {"mode": "sft", "eval_data": ""}
+    how = {"mode": "sft", "eval_data": "", "steps": 2}
     one, preset = tiny.run(tmp_path, "one", **how), tiny.write_preset(tmp_path, "two", sharding="hybrid", **how)
-    nodes = ("--no-python", "env", "LOCAL_WORLD_SIZE=2", sys.executable)
-    for processes, start, changes in ((4, nodes, ["--steps", "2"]), (2, (), ["--resume", "--sharding", "full"])):
-        result = tiny.torchrun(processes, *start, "train.py", *preset, *changes)
-        assert result.returncode == 0, result.stderr[-3000:]
+    result = tiny.torchrun(4, "--no-python", "env", "LOCAL_WORLD_SIZE=2", sys.executable, "train.py", *preset)
+    assert result.returncode == 0, result.stderr[-3000:]
     rows, wanted = tiny.measured(tmp_path / "two"), tiny.measured(one)
     for name in ("loss", "grad_norm"):
         values, expected = ([row[name] for row in log] for log in (rows, wanted))
         assert values == pytest.approx(expected, rel=1e-5, abs=1e-5), name
-    assert len({row["loss"] for row in wanted}) == 3
+    assert len({row["loss"] for row in wanted}) == 2
 
 
 @pytest.mark.slow
-def test_a_process_reads_its_shards_and_holds_no_more(tmp_path, sharding="hybrid"):
+def test_a_process_reads_its_shards_and_holds_no_more(tmp_path):
     """A model of 26 million parameters in bf16, policy and reference in fp32, some of their shards uneven or empty."""
     shape = {"hidden_size": 510, "intermediate_size": 2047, "num_attention_heads": 255, "num_key_value_heads": 1}
     save_model(load_model(tiny.write_model(tmp_path, **shape, num_hidden_layers=7)), tmp_path / "half", torch.bfloat16)
-    result = tiny.torchrun(4, "tests/load_shards.py", str(tmp_path / "half"), sharding)
+    result = tiny.torchrun(4, "tests/load_shards.py", str(tmp_path / "half"), "hybrid")
     assert result.returncode == 0, result.stderr[-3000:]
     ranks = [json.loads(row) for row in re.findall("{.*?}", result.stdout)]
     assert len(ranks) == 4
     for rank in ranks:
-        assert rank["shards"] == pytest.approx(rank["weights"] / (4 if sharding == "full" else 2), rel=0.02)
+        assert rank["shards"] == pytest.approx(rank["weights"] / 2, rel=0.02)
         assert rank["peak"] < rank["shards"] + rank["largest"] + 16, rank
 
 
@@ -91,13 +87,12 @@ def one_process(folder):
 @pytest.mark.parametrize(
     "processes,budget,how",
     [
-        (3, 10_000, ()),
-        (4, 60, ()),
+        (4, 10_000, ()),
         (4, 60, ("thrifty", "hybrid")),
     ],
 )
 def test_more_processes_give_the_same_steps_and_the_same_tokens(folder, one_process, processes, budget, how):
-    """Five steps on recorded rollouts; with three ranks and a large budget some ranks idle in some micro-batches."""
+    """Five steps on recorded rollouts; with four ranks and a large budget some ranks idle in some micro-batches."""
     several = recorded_steps(folder, processes, budget, 5, *how)
     gradients = [torch.tensor(run["gradient"], dtype=torch.float64) for run in (several, one_process)]
     assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() <= 1e-6
@@ -112,11 +107,10 @@ def test_more_processes_give_the_same_steps_and_the_same_tokens(folder, one_proc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("written_by,read_by", [((1,), (4, "hybrid")), ((4, "hybrid"), (2,))])
-def test_a_checkpoint_loads_at_another_world_size_and_mesh(folder, written_by, read_by):
-    checkpoints = folder / f"checkpoints-{written_by[0]}"
-    saved = recorded_steps(folder, written_by[0], 10_000, 2, f"save={checkpoints}", *written_by[1:])
-    loaded = recorded_steps(folder, read_by[0], 10_000, 1, f"load={checkpoints / 'step-000002'}", *read_by[1:])
+def test_a_checkpoint_loads_at_another_world_size_and_mesh(folder):
+    checkpoints = folder / "checkpoints"
+    saved = recorded_steps(folder, 4, 10_000, 2, f"save={checkpoints}", "hybrid")
+    loaded = recorded_steps(folder, 2, 10_000, 1, f"load={checkpoints / 'step-000002'}")
     assert loaded["resumed"] == 2
     assert loaded["weights"] == saved["weights"]
     assert loaded["moments"] == saved["moments"] and max(map(max, saved["moments"])) > 0

@@ -12,8 +12,6 @@ Worked example. Two rollouts of one prompt `a b`, with replies `c d` and `e`, an
 What a reply may look at is decided by `attention.packed_attention(segments)`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

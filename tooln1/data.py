@@ -1,7 +1,5 @@
 """`Example` and `Rollout`, JSONL files of examples, and the resumable order of an epoch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -24,8 +24,6 @@ Where paper and released code (NVlabs/Tool-N1, a verl fork) leave room or differ
     (its four optimizer steps only fill the Adam moments); that is not reproduced.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -7,8 +7,6 @@ calls the policy itself, and the reference is the policy with its adapters off (
 merged into it in place, which could not be undone in bf16. The sampler's copy of a sharded policy has merged weights.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Collection, Mapping

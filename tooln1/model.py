@@ -8,8 +8,6 @@ Shapes, here and everywhere else:
     T packed tokens   B rows   H query heads   K key/value heads   D head dim   C hidden   V vocabulary   G group size
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -11,8 +11,6 @@ Deviations from the released code:
   than MAX_JSON_LENGTH characters or MAX_JSON_MARKS commas and opening brackets are not read.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

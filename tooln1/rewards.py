@@ -10,8 +10,6 @@ compute_score_v0, v2, v3, v4): where that raises (a bare number in the call bloc
 digits, very deep nesting), the reply gets what a reply without readable calls gets.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable

@@ -4,8 +4,6 @@
 alone, which is the paper's SFT without reasoning (Table 3, "no-reason SFT").
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from tooln1.data import Example, Rollout

@@ -1,7 +1,5 @@
 """What a run learns, as four functions: Tool-N1's own, or those of the file that `--task` names (run/task_file.py)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from tooln1.data import Example, read_examples

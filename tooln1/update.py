@@ -4,8 +4,6 @@ The denominators are arguments: each micro-batch returns a sum over its tokens d
 global mini-batch, gradients are summed over micro-batches and ranks, so the step is the same however it was cut.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
