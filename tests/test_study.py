@@ -130,7 +130,9 @@ def test_an_interrupted_study_goes_on_and_skips_what_is_done(tmp_path):
     path = tiny_study(tmp_path)
     path.write_text(path.read_text().replace("seeds = [0, 1]", "seeds = [0]"))
     command = [sys.executable, "-m", "tooln1.run.study", str(path), "--out", str(tmp_path / "out")]
-    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    how = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore
+    started = subprocess.Popen(command, **how)
     for line in started.stdout:
         if line.startswith("step 1/2"):
             os.killpg(started.pid, signal.SIGINT)
