@@ -108,6 +108,7 @@ def jobs_of(study: Study, out: Path) -> list[Job]:
 
 
 def make_job(study: Study, arm: Arm, seed: int, folder: Path) -> Job:
+    """The job with its commands, which write into `folder`. Raises UserError for settings that are wrong."""
     start = ["torchrun", "--standalone", "--nproc-per-node", str(study.gpus)] if study.gpus else [sys.executable]
     model, configs, commands = arm.model, [], []
     for number, stage in enumerate(arm.stages, start=1):
